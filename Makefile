@@ -1,0 +1,59 @@
+# The commands of this repository. Each sets up what it needs, so any of them works in a fresh clone.
+#
+#   make test PYTHON=python3.12     another interpreter than the newest
+#   make unit PYTEST="-n 0 -x"      other pytest options
+
+PYTHON ?=
+PYTEST ?= -n 2 --dist loadfile
+BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+TYPED := $(wildcard hola_jax train pallas_kernels)
+
+.PHONY: help setup test lint unit oldest format demo bench-cpu clean
+.NOTPARALLEL:
+
+help: ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
+
+# The tested versions, newest first; what is newer than they are is a last resort.
+setup: ## .venv with the library in it, from the newest Python here
+	@PYTHON="$(PYTHON)" sh tools/setup.sh .venv 3.13 3.12 3.11 3.14 3.15
+
+test: lint unit oldest ## everything CI runs: lint, all tests, the laws on the oldest Python and jax
+
+lint: setup ## ruff and mypy
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy $(TYPED)
+
+# Programs compiled once are kept between runs; benchmarks do without, they time the compiler too.
+unit oldest demo: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
+unit oldest demo: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.2
+
+unit: setup ## all tests, the slow ones too
+	$(BIN)/python -m pytest $(PYTEST)
+
+oldest: setup ## the laws on Python 3.11 and the oldest jax, where Python 3.11 is found
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	    echo "oldest: .venv is Python 3.11 already, its tests were these"; exit 0; \
+	fi; \
+	PYTHON= sh tools/setup.sh .venv-oldest 3.11 && status=0 || status=$$?; \
+	case $$status in \
+	    0) set -x; $(OLDEST)/python -m pytest tests/laws -m "not slow" -q $(PYTEST) ;; \
+	    3) echo "oldest: no Python 3.11 here, so the laws ran on .venv's Python alone" ;; \
+	    *) exit $$status ;; \
+	esac
+
+format: setup ## rewrite the sources as ruff likes them
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+demo: setup ## train a small HOLA and a small Gated DeltaNet and compare them
+	$(BIN)/hola demo
+
+bench-cpu: setup ## time the memory against its peers on one core
+	$(BIN)/python benchmarks/cpu.py
+
+clean: ## remove caches and builds, not the environments
+	rm -rf .jax_cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

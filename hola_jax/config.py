@@ -1,0 +1,211 @@
+"""What a language model is, as one flat frozen dataclass, and what that costs in parameters and operations.
+
+A field that is None takes the default of its mixer; the properties below the fields give the value in force. Two models
+differ in their mixer alone when their configurations differ in `mixer` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from hola_jax.memory import MemoryConfig
+from hola_jax.memory.validate import Implementation
+
+__all__ = ["MemoryConfig", "ModelConfig", "flops_per_token", "parameter_count", "unknown_name"]
+
+Mixer = Literal["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "transformer"]
+Remat = Literal["none", "full", "dots"]
+DType = Literal["bfloat16", "float32"]
+
+DELTA_MIXERS = ("hola", "gated_deltanet", "deltanet", "kda")  # those with a delta rule, a convolution and a norm over V
+
+
+def unknown_name(what: str, given: object, allowed: Iterable[str]) -> ValueError:
+    """The error for a name that is none of those allowed; it suggests the nearest."""
+    names = list(allowed)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{what} is {given!r}; it must be one of {', '.join(names)}{hint}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A stack of blocks, each a mixer and an MLP.
+
+    dim, layers           D, N
+    heads, key_heads      H value heads; h key heads, which divide them (None: as many)
+    key_dim, value_dim    K, V of one head; None is D / H, and for the keys of GLA half of that
+    mixer                 what mixes the tokens
+    memory                how "hola" remembers; the other linear mixers use its chunk and scan
+    output_gate           whether the mixer's output is gated by a projection of its input
+    conv_width            of the causal depthwise convolution on q, k and v of the delta-rule mixers
+    negative_eigenvalues  beta in (0, 2) in place of (0, 1)
+    slots, decay_rank     slots per head of GSA; rank of GLA's decay projection
+    mlp_dim               inner width of the SwiGLU; None is 8 D / 3, rounded up to a multiple of 256
+    max_length            tokens that the Transformer's state can hold; every other state has a constant size
+    dtype                 of activations; parameters are float32
+    remat                 what the backward pass makes again: "none", "full" (all of a block), "dots" (all but matmuls)
+    check                 also test what only values can tell (see `hola_memory`)
+    implementation        of the mixer's memory; None chooses
+    """
+
+    vocab_size: int = 32000
+    dim: int
+    layers: int
+    heads: int
+    key_heads: int | None = None
+    key_dim: int | None = None
+    value_dim: int | None = None
+    mixer: Mixer = "hola"
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    output_gate: bool = True
+    conv_width: int = 4
+    negative_eigenvalues: bool = False
+    slots: int = 64
+    decay_rank: int = 16
+    mlp_dim: int | None = None
+    tie_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    rope_theta: float = 10000.0
+    max_length: int = 2048
+    dtype: DType = "bfloat16"
+    remat: Remat = "none"
+    check: bool = False
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.memory, MemoryConfig):
+            raise TypeError(f"ModelConfig.memory is a {type(self.memory).__name__}; it must be a MemoryConfig")
+        for name, allowed in (("mixer", Mixer), ("dtype", DType), ("remat", Remat)):
+            if getattr(self, name) not in get_args(allowed):
+                raise unknown_name(f"ModelConfig.{name}", getattr(self, name), get_args(allowed))
+        if self.implementation is not None and self.implementation not in get_args(Implementation):
+            names = ("None", *get_args(Implementation))
+            raise unknown_name("ModelConfig.implementation", self.implementation, names)
+        counts = ("vocab_size", "dim", "layers", "heads", "conv_width", "slots", "decay_rank", "max_length")
+        optional = ("key_heads", "key_dim", "value_dim", "mlp_dim")
+        for name in (*counts, *optional):
+            value = getattr(self, name)
+            if name in optional and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"ModelConfig.{name} is {value!r}; it must be an integer of at least 1")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        defaulted = self.key_dim is None or self.value_dim is None
+        unit = 2 * self.heads if self.mixer == "gla" else self.heads
+        if defaulted and self.dim % unit:
+            raise ValueError(
+                f"ModelConfig.dim={self.dim} is no multiple of {unit} ({self.heads} heads, mixer {self.mixer!r}); "
+                "choose another dim or heads, or give key_dim and value_dim"
+            )
+        if self.heads % self.key_head_count:
+            raise ValueError(f"ModelConfig.key_heads={self.key_heads} does not divide heads={self.heads}")
+        if self.mixer == "gsa" and self.key_head_count != self.heads:
+            raise ValueError(f"ModelConfig.key_heads={self.key_heads}: GSA has one key head per head, {self.heads}")
+        if self.mixer == "transformer":
+            if self.key_width % 2:
+                raise ValueError(
+                    f"ModelConfig.key_dim={self.key_width} is odd; rotary positions need pairs of channels"
+                )
+            if self.key_width != self.value_width:
+                raise ValueError(
+                    f"ModelConfig.value_dim={self.value_width} differs from key_dim={self.key_width}; "
+                    "jax.nn.dot_product_attention needs them equal"
+                )
+
+    @property
+    def key_head_count(self) -> int:
+        return self.heads if self.key_heads is None else self.key_heads
+
+    @property
+    def key_width(self) -> int:
+        if self.key_dim is not None:
+            return self.key_dim
+        return self.dim // (2 * self.heads if self.mixer == "gla" else self.heads)
+
+    @property
+    def value_width(self) -> int:
+        return self.dim // self.heads if self.value_dim is None else self.value_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return 256 * -(-int(8 * self.dim / 3) // 256) if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def _mixer_parameters(config: ModelConfig) -> int:
+    dim, heads, width, values = config.dim, config.heads, config.key_width, config.value_width
+    keys, total = config.key_head_count * width, heads * values
+    count = dim * (2 * keys + total) + total * dim  # q, k, v, output
+    gate = dim * total if config.output_gate else 0
+    if config.mixer == "transformer":
+        return count
+    if config.mixer == "gsa":
+        return count + dim * heads * config.slots + total
+    if config.mixer == "gla":
+        rank = config.decay_rank
+        return count + gate + values + dim * rank + (rank + 1) * heads * width
+    count += config.conv_width * (2 * keys + total) + dim * heads + values  # convolutions, beta, norm
+    if config.mixer == "kda":
+        gate = values * (dim + total) + total if config.output_gate else 0
+        return count + gate + values * (dim + heads * width) + heads + heads * width
+    if config.mixer != "deltanet":
+        count += dim * heads + 2 * heads  # decay
+    if config.mixer == "hola":
+        count += 2 * heads + (2 * width if config.memory.read == "rmsnorm" else heads)
+    return count + gate
+
+
+def parameter_count(config: ModelConfig) -> dict[str, int]:
+    """Trainable numbers by part, with "total" and "non_embedding" (what the names of the scales count)."""
+    parts = {
+        "embedding": config.vocab_size * config.dim,
+        "mixer": config.layers * _mixer_parameters(config),
+        "mlp": config.layers * 3 * config.dim * config.mlp_width,
+        "norm": (2 * config.layers + 1) * config.dim,
+        "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
+    }
+    total = sum(parts.values())
+    return {**parts, "total": total, "non_embedding": total - parts["embedding"] - parts["head"]}
+
+
+def _memory_flops(config: ModelConfig, context: int) -> float:
+    """Operations of one layer's memory for one token, as the chunked forms spend them."""
+    heads, width, values = config.heads, config.key_width, config.value_width
+    if config.mixer == "transformer":
+        return heads * (width + values) * (context + 1)  # 2 operations, half of the context on average
+    chunk = min(config.memory.chunk, context)
+
+    def linear(key_dim: int, value_dim: int, delta: bool) -> float:
+        flops = 2 * chunk * (key_dim + value_dim) + 4 * key_dim * value_dim  # q k', its use; read and write of S
+        if delta:
+            flops += 2 * chunk * (key_dim + chunk + value_dim + key_dim) + 2 * key_dim * value_dim
+        return flops
+
+    if config.mixer == "gsa":
+        return heads * (linear(width, config.slots, False) + linear(config.slots, values, False))
+    flops = linear(width, values, config.mixer in DELTA_MIXERS)
+    if config.mixer == "hola":
+        memory = config.memory
+        visible = min(context, memory.window + (memory.block + 1) / 2)
+        flops += 2 * visible * (width + values)
+    return heads * flops
+
+
+def flops_per_token(config: ModelConfig, context: int) -> float:
+    """Operations of a forward pass for one token of a sequence of `context` tokens; a training step is three times that."""
+    if context < 1:
+        raise ValueError(f"context is {context}; it must be at least 1")
+    count = parameter_count(config)
+    matmuls = count["mixer"] + count["mlp"] + config.vocab_size * config.dim
+    return 2.0 * matmuls + config.layers * _memory_flops(config, context)

@@ -1,0 +1,120 @@
+"""The short causal convolution in front of the delta rule, and the few tokens it remembers.
+
+Documents do not see each other and padding is as if it were not there: a state holds the last real tokens, and they are
+laid down right in front of the first real token that continues them. Padding may stand at either end of a row and
+between documents, not inside one (the language model moves such padding to the end before any layer sees it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.experimental import checkify
+from jax.typing import DTypeLike
+
+from hola_jax.array_types import Array, Float, Int, Int32
+from hola_jax.memory.scan import axis_scan
+
+
+class ConvState(NamedTuple):
+    """The last w - 1 real tokens of a row, the latest at the end."""
+
+    inputs: Float[Array, "B r E"]
+    documents: Int32[Array, "B r"]  # 0 where there was no token yet
+
+    @property
+    def document(self) -> Int32[Array, " B"]:
+        """That of the last real token; 0 before any."""
+        return jnp.max(self.documents, axis=1, initial=0)
+
+
+def init_state(batch: int, channels: int, width: int, dtype: DTypeLike) -> ConvState:
+    """What an empty prefix leaves."""
+    return ConvState(jnp.zeros((batch, width - 1, channels), dtype), jnp.zeros((batch, width - 1), jnp.int32))
+
+
+def _append(element: ConvState, state: ConvState) -> ConvState:
+    """`state` after the tokens whose last ones are `element`."""
+    rows = element.documents.shape[1]
+    own = jnp.sum(element.documents > 0, axis=1, dtype=jnp.int32)[:, None]
+    index = jnp.arange(rows, dtype=jnp.int32)[None]
+    kept = jnp.minimum(index + own, rows - 1)
+    new = index >= rows - own
+    old_inputs = jnp.take_along_axis(state.inputs, kept[..., None], axis=1)
+    old_documents = jnp.take_along_axis(state.documents, kept, axis=1)
+    return ConvState(
+        jnp.where(new[..., None], element.inputs, old_inputs), jnp.where(new, element.documents, old_documents)
+    )
+
+
+def _check_padding(documents: Int[Array, "B T"]) -> None:
+    padding = documents == 0
+    before = lax.cummax(documents, axis=1)
+    after = jnp.where(padding, jnp.iinfo(documents.dtype).max, documents)
+    inside = padding & (before > 0) & (before == lax.cummin(after, axis=1, reverse=True))
+    checkify.check(~jnp.any(inside), "segment_ids has padding inside a document; a layer allows it at its ends only")
+
+
+class ShortConvolution(nnx.Module):
+    """SiLU of a depthwise convolution over the last w tokens of the document."""
+
+    def __init__(self, channels: int, width: int, key: Array, *, check: bool = False) -> None:
+        bound = width**-0.5  # by fan-in: a deviation of 0.02 would shrink q, k and v below the norms' epsilon
+        self.kernel = nnx.Param(jax.random.uniform(key, (width, channels), jnp.float32, -bound, bound))
+        self.check = check
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: ConvState | None = None,
+        *,
+        sequence_axis: str | None = None,
+    ) -> tuple[Float[Array, "B T E"], ConvState]:
+        batch, length, channels = x.shape
+        several = segment_ids is not None or state is not None or sequence_axis is not None
+        if self.check and segment_ids is not None:
+            _check_padding(segment_ids)
+        if state is None:
+            state = init_state(batch, channels, self.kernel.shape[0], x.dtype)
+        if segment_ids is None:
+            documents = jnp.broadcast_to(jnp.maximum(state.document, 1)[:, None], (batch, length))
+        else:
+            documents = segment_ids.astype(jnp.int32)
+        final = None
+        if sequence_axis is not None:
+            element = self._lay_down(x, documents, init_state(batch, channels, self.kernel.shape[0], x.dtype))[2]
+            state, final = axis_scan(_append, element, state, sequence_axis)
+        inputs, owners, after = self._lay_down(x, documents, state)
+        return self._convolve(inputs, owners if several else None, x), (after if final is None else final)
+
+    def _lay_down(
+        self, x: Array, documents: Int32[Array, "B T"], state: ConvState
+    ) -> tuple[Float[Array, "B L E"], Int32[Array, "B L"], ConvState]:
+        """(inputs, documents) of the state and the tokens, adjacent, L = T + w - 1; and the state after them."""
+        rows, length = state.documents.shape[1], x.shape[1]
+        inputs = jnp.pad(x, [(0, 0), (rows, 0), (0, 0)])
+        owners = jnp.pad(documents, [(0, 0), (rows, 0)])
+        real = documents > 0
+        first = jnp.argmax(real, axis=1)  # 0 without any real token: the state then stands in front
+        last = jnp.max(jnp.where(real, jnp.arange(1, length + 1), 0), axis=1)
+        place = jax.vmap(lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0))
+        inputs, owners = place(inputs, state.inputs, first), place(owners, state.documents, first)
+        cut = jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, rows, 0))
+        return inputs, owners, ConvState(cut(inputs, last), cut(owners, last))
+
+    def _convolve(self, inputs: Array, owners: Array | None, x: Array) -> Array:
+        width, length = self.kernel.shape[0], x.shape[1]
+        kernel = self.kernel[...].astype(x.dtype).astype(jnp.float32)
+        total = kernel[-1] * x.astype(jnp.float32)
+        for step in range(width - 1):
+            tap = lax.slice_in_dim(inputs, step, step + length, axis=1).astype(jnp.float32)
+            if owners is not None:  # chosen, not multiplied: a NaN of another document stays there
+                same = lax.slice_in_dim(owners, step, step + length, axis=1) == owners[:, width - 1 :]
+                tap = jnp.where(same[..., None], tap, 0.0)
+            total = total + kernel[step] * tap
+        return jax.nn.silu(total).astype(x.dtype)

@@ -1,0 +1,44 @@
+"""Root mean square norms, in float32 inside; row by row, so nothing passes from one token to another."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from hola_jax.array_types import Array, Float
+
+
+class RMSNorm(nnx.Module):
+    """x at root mean square 1 over its last axis, times a learned scale; in the type of `x`."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        self.scale = nnx.Param(jnp.ones(width), weight_decay=False)
+        self.epsilon = epsilon
+
+    def in_float32(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x = x.astype(jnp.float32)
+        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.in_float32(x).astype(x.dtype)
+
+
+class GatedNorm(RMSNorm):
+    """RMSNorm_V(x) times an activation of the gate; without a gate the norm alone. Heads share the scale."""
+
+    def __init__(self, width: int, epsilon: float, activation: Literal["silu", "sigmoid"] = "silu") -> None:
+        super().__init__(width, epsilon)
+        self.activation = activation
+
+    def __call__(
+        self, x: Float[Array, "B T H V"], gate: Float[Array, "B T H V"] | None = None
+    ) -> Float[Array, "B T H V"]:
+        out = self.in_float32(x)
+        if gate is not None:
+            activate = jax.nn.silu if self.activation == "silu" else jax.nn.sigmoid
+            out = out * activate(gate.astype(jnp.float32))
+        return out.astype(x.dtype)

@@ -1,0 +1,177 @@
+"""The specification: HOLA token by token, for one row and one head, with the paper's equation numbers.
+
+Nothing here is clever or fast. Every other implementation is tested against it, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hola_jax.array_types import Array, Float, Int
+from hola_jax.memory.exact_cache import hashed_score
+from hola_jax.memory.norms import rms_norm, unit_l2
+from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
+
+
+class Head(NamedTuple):
+    """The memory of one head; the fields of `MemoryState` without batch and heads."""
+
+    fast_weights: Array
+    cache_keys: Array
+    cache_values: Array
+    cache_scores: Array
+    cache_positions: Array
+    block_keys: Array
+    block_values: Array
+    block_scores: Array
+    position: Array
+    document: Array
+    document_start: Array
+
+
+class Token(NamedTuple):
+    q: Array
+    k: Array
+    v: Array
+    beta: Array
+    log_decay: Array
+    document: Array
+
+
+def _score(config: MemoryConfig, token: Token, error: Array, position: Array, head: Array, heads: int) -> Array:
+    """m_t: what the token competes with. No gradient flows through it."""
+    score = {
+        "surprise": token.beta * jnp.linalg.norm(error),  # Eq. 6
+        "residual": jnp.linalg.norm(error),
+        "write": token.beta * jnp.linalg.norm(token.v.astype(jnp.float32)),
+        "recency": position.astype(jnp.float32),
+        "random": hashed_score(position, heads, config.seed)[head],
+    }[config.score]
+    return lax.stop_gradient(score)
+
+
+def _for_reading(config: MemoryConfig, params: CacheParams, token: Token, head: Array) -> tuple[Array, Array]:
+    """q~ with the temperature multiplied in, and k~ as it is stored."""
+    if config.read == "rmsnorm":
+        assert params.query_scale is not None and params.key_scale is not None
+        query = rms_norm(token.q, params.query_scale) * token.q.shape[-1] ** -0.5
+        return query, rms_norm(token.k, params.key_scale).astype(token.k.dtype)
+    assert params.temperature is not None
+    return unit_l2(token.q) * params.temperature[head], unit_l2(token.k).astype(token.k.dtype)
+
+
+def _start_document(memory: Head, document: Array) -> Head:
+    """An empty memory at the same position."""
+    return memory._replace(
+        fast_weights=jnp.zeros_like(memory.fast_weights),
+        cache_keys=jnp.zeros_like(memory.cache_keys),
+        cache_values=jnp.zeros_like(memory.cache_values),
+        cache_scores=jnp.full_like(memory.cache_scores, -jnp.inf),
+        cache_positions=jnp.full_like(memory.cache_positions, EMPTY),
+        document=document,
+        document_start=memory.position,
+    )
+
+
+def _finish_block(memory: Head, visible: Array, block_start: Array, window: int) -> Head:
+    """The best W of the cache and of the block's visible tokens; the earlier token wins a tie."""
+    block = memory.block_scores.shape[0]
+    scores = jnp.concatenate([memory.cache_scores, jnp.where(visible, memory.block_scores, -jnp.inf)])
+    positions = jnp.concatenate([memory.cache_positions, block_start + jnp.arange(block)])
+    best = jnp.lexsort((positions, -scores))[:window]
+    filled = scores[best] > -jnp.inf
+    keys = jnp.concatenate([memory.cache_keys, memory.block_keys])[best]
+    values = jnp.concatenate([memory.cache_values, memory.block_values])[best]
+    return memory._replace(
+        cache_keys=jnp.where(filled[:, None], keys, 0),
+        cache_values=jnp.where(filled[:, None], values, 0),
+        cache_scores=scores[best],
+        cache_positions=jnp.where(filled, positions[best], EMPTY),
+        block_keys=jnp.zeros_like(memory.block_keys),
+        block_values=jnp.zeros_like(memory.block_values),
+        block_scores=jnp.zeros_like(memory.block_scores),
+    )
+
+
+def _token(
+    memory: Head, token: Token, head: Array, heads: int, params: CacheParams, config: MemoryConfig
+) -> tuple[Head, Array]:
+    """One token that is not padding: (memory after it, its output)."""
+    fresh = _start_document(memory, token.document)
+    memory = jax.tree.map(lambda a, b: jnp.where(token.document != memory.document, a, b), fresh, memory)
+    scale = config.scale(token.k.shape[-1])
+    q, k, v = unit_l2(token.q), unit_l2(token.k), token.v.astype(jnp.float32)
+    alpha = jnp.exp(token.log_decay)  # one number, or one per key channel
+
+    decayed = jnp.reshape(alpha, (-1, 1)) * memory.fast_weights
+    error = v - k @ decayed  # Eq. 3
+    state = decayed + token.beta * jnp.outer(k, error)  # Eq. 1
+    o_state = scale * (q @ state)
+
+    block = config.block
+    fill = memory.position % block
+    query, key = _for_reading(config, params, token, head)
+    memory = memory._replace(
+        fast_weights=state,
+        block_keys=memory.block_keys.at[fill].set(key),
+        block_values=memory.block_values.at[fill].set(token.v),
+        block_scores=memory.block_scores.at[fill].set(_score(config, token, error, memory.position, head, heads)),
+    )
+    block_start = memory.position - fill
+    index = jnp.arange(block)
+    visible = (index <= fill) & (block_start + index >= memory.document_start)
+    allowed = jnp.concatenate([memory.cache_scores > -jnp.inf, visible, jnp.ones(1, bool)])  # ... and the null sink
+    keys = jnp.concatenate([memory.cache_keys, memory.block_keys]).astype(jnp.float32)
+    values = jnp.concatenate([memory.cache_values, memory.block_values]).astype(jnp.float32)
+    logits = jnp.append(keys @ query, params.sink_logit[head])
+    weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))  # Eq. 7
+    o_cache = weights[:-1] @ values
+    out = o_state + jax.nn.sigmoid(params.gate_logit[head]) * o_cache
+
+    full = _finish_block(memory, visible, block_start, config.window)
+    memory = jax.tree.map(lambda a, b: jnp.where(fill == block - 1, a, b), full, memory)
+    return memory._replace(position=memory.position + 1), out
+
+
+def hola_reference(
+    q: Float[Array, "B T h K"],
+    k: Float[Array, "B T h K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"],
+    params: CacheParams,
+    config: MemoryConfig,
+    documents: Int[Array, "B T"],
+    state: MemoryState,
+) -> tuple[Float[Array, "B T H V"], MemoryState]:
+    """Outputs (0 at padding) and the state after the last token; `documents` is 0 at padding."""
+    heads, group = v.shape[2], v.shape[2] // k.shape[2]
+
+    def one_head(memory: Head, tokens: Token, head: Array) -> tuple[Head, Array]:
+        def step(memory: Head, token: Token) -> tuple[Head, Array]:
+            after, out = _token(memory, token, head, heads, params, config)
+            real = token.document > 0
+            return jax.tree.map(lambda a, b: jnp.where(real, a, b), after, memory), jnp.where(real, out, 0.0)
+
+        return lax.scan(step, memory, tokens)
+
+    per_head = Token._make(1 if x.ndim > 2 else None for x in (q, k, v, beta, log_decay, documents))
+    counters = ("position", "document", "document_start")
+    memory_axes = Head._make(None if name in counters else 0 for name in Head._fields)
+    after_axes = Head._make(0 for _ in Head._fields)
+    fields = {name: getattr(state, name) for name in Head._fields}
+    memory = Head(**{**fields, "block_keys": jnp.repeat(state.block_keys, group, axis=1)})
+    tokens = Token(jnp.repeat(q, group, axis=2), jnp.repeat(k, group, axis=2), v, beta, log_decay, documents)
+    after, out = jax.vmap(
+        lambda memory, tokens: jax.vmap(one_head, (memory_axes, per_head, 0), (after_axes, 1))(
+            memory, tokens, jnp.arange(heads)
+        )
+    )(memory, tokens)
+    fields = after._asdict() | {"block_keys": after.block_keys[:, ::group]}
+    for name in counters:
+        fields[name] = fields[name][:, 0]
+    return out.astype(v.dtype), MemoryState(**fields, config=state.config)

@@ -1,0 +1,142 @@
+"""What a HOLA memory is made of: its configuration, its trainables, and its state of constant size."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from hola_jax.array_types import Array, Float, Int32
+
+Score = Literal["surprise", "residual", "write", "recency", "random"]
+Read = Literal["rmsnorm", "unit_l2"]
+Scan = Literal["auto", "associative", "sequential"]
+
+EMPTY = -1  # position of a cache row that holds no token
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """How one layer remembers.
+
+    window       W, rows of the exact cache; 0 keeps only the running block
+    block        C, tokens of a block; a token competes for the cache when its block is complete
+    chunk        c, tokens of a delta-rule chunk: changes speed, not meaning; divides `block`
+    score        what a token must be large in to stay: "surprise" beta|e|, "residual" |e|, "write" beta|v|,
+                 "recency" its position, "random" a fixed hash of its position, head and `seed`
+    read         how the visible set is read: "rmsnorm" (sharp, decoupled) or "unit_l2" (unit vectors, learned temperature)
+    scan         how chunks are joined: "sequential" carries the state, "associative" is a parallel prefix scan,
+                 "auto" picks by a measured rule (see `delta_rule.choose_scan`)
+    state_scale  factor on the state's output; None is K ** -0.5
+    seed         of the "random" score
+    """
+
+    window: int = 64
+    block: int = 256
+    chunk: int = 64
+    score: Score = "surprise"
+    read: Read = "rmsnorm"
+    scan: Scan = "auto"
+    state_scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 0), ("block", 1), ("chunk", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"MemoryConfig.{name} is {value!r}; it must be an integer of at least {least}")
+        if self.block % self.chunk:
+            raise ValueError(
+                f"MemoryConfig.chunk={self.chunk} does not divide block={self.block}; "
+                f"use one of {[d for d in range(1, self.block + 1) if self.block % d == 0]}"
+            )
+        for name, allowed in (("score", get_args(Score)), ("read", get_args(Read)), ("scan", get_args(Scan))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"MemoryConfig.{name} is {getattr(self, name)!r}; it must be one of {list(allowed)}")
+
+    def scale(self, key_dim: int) -> float:
+        """The factor on the state's output."""
+        return key_dim**-0.5 if self.state_scale is None else self.state_scale
+
+    def meaning(self) -> MemoryConfig:
+        """This configuration without the fields that change only how fast the result comes."""
+        return dataclasses.replace(self, chunk=1, scan="auto")
+
+
+class CacheParams(NamedTuple):
+    """What the exact cache learns. The read "rmsnorm" needs the two scales, the read "unit_l2" the temperature."""
+
+    query_scale: Float[Array, " K"] | None
+    key_scale: Float[Array, " K"] | None
+    sink_logit: Float[Array, " H"]
+    gate_logit: Float[Array, " H"]
+    temperature: Float[Array, " H"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryState:
+    """All that a layer remembers of a prefix; its size does not depend on how long the prefix was.
+
+    A token is visible while its position is at least `document_start`, so nothing needs to be erased when a document
+    ends. The running block holds the tokens whose positions lie in the block that `position` points into.
+    """
+
+    fast_weights: Float[Array, "B H K V"]  # S, float32
+    cache_keys: Float[Array, "B H W K"]  # normalised for the read, best score first
+    cache_values: Float[Array, "B H W V"]
+    cache_scores: Float[Array, "B H W"]  # float32; -inf where a row is empty
+    cache_positions: Int32[Array, "B H W"]  # EMPTY where a row is empty
+    block_keys: Float[Array, "B h C K"]
+    block_values: Float[Array, "B H C V"]
+    block_scores: Float[Array, "B H C"]  # float32
+    position: Int32[Array, " B"]  # real tokens seen so far
+    document: Int32[Array, " B"]  # segment id of the last real token; 0 before any
+    document_start: Int32[Array, " B"]  # position at which that document began
+    config: MemoryConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+def init_state(
+    config: MemoryConfig,
+    batch: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    key_heads: int | None = None,
+) -> MemoryState:
+    """The memory of an empty prefix; `dtype` is that of the exact keys and values (fast weights are float32)."""
+    key_heads = heads if key_heads is None else key_heads
+    window, block = config.window, config.block
+
+    def zeros(*shape: int, dtype: DTypeLike = dtype) -> Array:
+        return jnp.zeros((batch, *shape), dtype)
+
+    return MemoryState(
+        fast_weights=zeros(heads, key_dim, value_dim, dtype=jnp.float32),
+        cache_keys=zeros(heads, window, key_dim),
+        cache_values=zeros(heads, window, value_dim),
+        cache_scores=jnp.full((batch, heads, window), -jnp.inf, jnp.float32),
+        cache_positions=jnp.full((batch, heads, window), EMPTY, jnp.int32),
+        block_keys=zeros(key_heads, block, key_dim),
+        block_values=zeros(heads, block, value_dim),
+        block_scores=zeros(heads, block, dtype=jnp.float32),
+        position=zeros(dtype=jnp.int32),
+        document=zeros(dtype=jnp.int32),
+        document_start=zeros(dtype=jnp.int32),
+        config=config.meaning(),
+    )
+
+
+def cached_positions(state: MemoryState) -> Int32[Array, "B H W"]:
+    """Positions of the tokens that the exact cache holds, best score first; -1 where a row is empty."""
+    return state.cache_positions

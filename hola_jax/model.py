@@ -1,0 +1,232 @@
+"""The language model: embed, a scanned stack of blocks, norm, head. Every mixer goes through the same code.
+
+Parameters of the blocks are stacked on a leading axis N, and one `lax.scan` runs over them, so a program is as long for
+24 layers as for one. States are stacked likewise and are arguments and results, never variables of a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.experimental import checkify
+
+from hola_jax.array_types import Array, Float, Int
+from hola_jax.config import ModelConfig
+from hola_jax.layers import MIXERS
+from hola_jax.layers.init import named_key, normal
+from hola_jax.layers.linear import Linear
+from hola_jax.layers.mlp import SwiGLU
+from hola_jax.layers.norm import RMSNorm
+from hola_jax.memory.align import align, to_places, to_tokens
+
+Params = dict[str, Any]  # nested, of arrays
+State = Any  # a mixer's state, each array with a leading axis N
+
+
+class Block(nnx.Module):
+    """x += mixer(RMSNorm x); x += SwiGLU(RMSNorm x)."""
+
+    def __init__(self, config: ModelConfig, key: Array) -> None:
+        self.mixer_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.mixer = MIXERS[config.mixer](config, named_key(key, "mixer"))
+        self.mlp_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.mlp = SwiGLU(config, named_key(key, "mlp"))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: State = None,
+        *,
+        sequence_axis: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], State]:
+        y, state = self.mixer(self.mixer_norm(x), segment_ids, state, sequence_axis=sequence_axis)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+def stacked_blocks(config: ModelConfig, key: Array) -> Block:
+    """A block whose every parameter has a leading axis N, one layer to an entry."""
+    structure = nnx.graphdef(nnx.eval_shape(lambda: Block(config, key)))
+    keys = jax.vmap(lambda layer: jax.random.fold_in(key, layer))(jnp.arange(config.layers))
+    params = jax.jit(jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(Block(config, key)))))(keys)
+    return nnx.merge(structure, params)
+
+
+def _remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
+    if name == "none":
+        return body
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(body, policy=policies[name], prevent_cse=False)
+
+
+class LanguageModel(nnx.Module):
+    """Tokens to logits. `model(tokens)` for a whole sequence; `model(tokens, state=state)` continues one, by any number
+    of tokens. For training and for decoding in a loop, `functional(model)` gives what `jax.jit` wants."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"config is a {type(config).__name__}; it must be a ModelConfig (see hola_jax.preset)")
+        key = jax.random.key(seed)
+        self.config = config
+        self.embedding = nnx.Param(normal(named_key(key, "embedding"), config.vocab_size, config.dim))
+        self.blocks = stacked_blocks(config, named_key(key, "blocks"))
+        self.norm = RMSNorm(config.dim, config.norm_epsilon)
+        untied = not config.tie_embeddings
+        self.unembedding = Linear(config.dim, config.vocab_size, named_key(key, "unembedding")) if untied else None
+
+    def init_state(self, batch: int) -> State:
+        """What an empty prefix leaves, for every layer."""
+        return init_state(self.config, batch)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: State = None,
+        *,
+        sequence_axis: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """What `head` turns into logits, and the state after the last token. Zero at padding."""
+        _check_call(self.config, tokens, segment_ids, state)
+        alignment = None
+        if segment_ids is not None and tokens.shape[1] > 1 and sequence_axis is None:
+            # Real tokens first: then padding, wherever it stood, is the same to every layer.
+            documents = segment_ids.astype(jnp.int32)
+            alignment = align(documents, jnp.zeros(tokens.shape[0], jnp.int32), 1, may_be_filled=False)
+            tokens, segment_ids = to_places(tokens, alignment), to_places(documents, alignment)
+        # Unknown tokens become NaN, which is seen; the default would clip them to a token that exists.
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        x = x.astype(self.config.compute_dtype)
+        structure, params = nnx.split(self.blocks)
+
+        def layer(x: Array, params_and_state: tuple[Any, State]) -> tuple[Array, State]:
+            params, state = params_and_state
+            return nnx.merge(structure, params)(x, segment_ids, state, sequence_axis=sequence_axis)
+
+        x, state = lax.scan(_remat(layer, self.config.remat), x, (nnx.to_pure_dict(params), state))
+        x = self.norm(x)
+        return (x if alignment is None else to_tokens(x, alignment)), state
+
+    def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """Logits in float32."""
+        if self.unembedding is not None:
+            return self.unembedding(hidden, jnp.float32)
+        kernel = self.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("...d,ed->...e", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: State = None,
+        *,
+        sequence_axis: str | None = None,
+    ) -> tuple[Float[Array, "B T E"], State]:
+        """Logits of the next token at each token, float32, and the state after the last.
+
+        segment_ids    [B, T]: the document of each token, not decreasing along a row, 0 for padding; None: one document
+        state          continues an earlier call's; None starts empty
+        sequence_axis  inside shard_map: the mesh axis along which T is sharded
+        """
+        _check_call(self.config, tokens, segment_ids, state)
+        structure, params = nnx.split(self)
+        call = (structure, sequence_axis, nnx.to_pure_dict(params), tokens, segment_ids, state)
+        if self.config.check and not isinstance(tokens, jax.core.Tracer):
+            error, result = _checked(*call)
+            error.throw()
+            return result
+        return _compiled(*call)
+
+
+def _forward(
+    structure: nnx.GraphDef[LanguageModel],
+    sequence_axis: str | None,
+    params: Params,
+    tokens: Array,
+    segment_ids: Array | None,
+    state: State,
+) -> tuple[Array, State]:
+    model = nnx.merge(structure, params)
+    hidden, state = model.hidden(tokens, segment_ids, state, sequence_axis=sequence_axis)
+    return model.head(hidden), state
+
+
+_compiled = jax.jit(_forward, static_argnums=(0, 1))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _checked(structure: Any, sequence_axis: str | None, *arrays: Any) -> tuple[checkify.Error, tuple[Array, State]]:
+    return checkify.checkify(partial(_forward, structure, sequence_axis))(*arrays)
+
+
+def init_state(config: ModelConfig, batch: int) -> State:
+    """What an empty prefix leaves, for every layer of a model with this configuration."""
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch is {batch!r}; it must be an integer of at least 1")
+    state = MIXERS[config.mixer].init_state(config, batch)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.layers, *x.shape)), state)
+
+
+def state_bytes(config: ModelConfig, batch: int = 1) -> int:
+    """Bytes of the state of all layers; only the Transformer's depends on a length, that of `max_length`."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: init_state(config, batch))))
+
+
+def functional(model: LanguageModel) -> tuple[Callable[..., tuple[Array, State]], Params]:
+    """(forward, params): a pure `forward(params, tokens, segment_ids=None, state=None)` for `jax.jit` and `jax.grad`,
+    and the parameters as a nested dict, such as params["blocks"]["mixer"]["query"]["kernel"] of [N, D, h K]."""
+    structure, params = nnx.split(model)
+
+    def forward(
+        params: Params,
+        tokens: Array,
+        segment_ids: Array | None = None,
+        state: State = None,
+        *,
+        sequence_axis: str | None = None,
+    ) -> tuple[Array, State]:
+        return _forward(structure, sequence_axis, params, tokens, segment_ids, state)
+
+    return forward, nnx.to_pure_dict(params)
+
+
+def weight_decay_mask(model: LanguageModel) -> Params:
+    """For each parameter of `functional(model)`, whether weight decay is for it: not for norms, gates, decays, biases."""
+    marks = nnx.state(model)
+    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    marks = jax.tree.map(lambda v: v.get_metadata("weight_decay", True), marks, is_leaf=is_param)
+    return nnx.to_pure_dict(marks)
+
+
+def _check_call(config: ModelConfig, tokens: Any, segment_ids: Any, state: State) -> None:
+    for name, x in (("tokens", tokens), ("segment_ids", segment_ids)):
+        if name == "segment_ids" and x is None:
+            continue
+        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"{name} is {getattr(x, 'dtype', type(x).__name__)}; it must be an array of integers")
+        if x.ndim != 2 or 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [B T] with at least one row and one token")
+    if segment_ids is not None and segment_ids.shape != tokens.shape:
+        raise ValueError(f"segment_ids has shape {segment_ids.shape}; it must be that of tokens, {tokens.shape}")
+    if state is None:
+        return
+    expected = jax.eval_shape(lambda: init_state(config, tokens.shape[0]))
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (state, expected)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"state is not that of mixer {config.mixer!r} with this configuration; make it with model.init_state"
+        )
+    given = jax.tree_util.tree_leaves_with_path(state)
+    for (path, x), needed in zip(given, jax.tree.leaves(expected), strict=True):
+        if x.shape != needed.shape or x.dtype != needed.dtype:
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)}; {tokens.shape[0]} rows of tokens and this "
+                f"configuration need {needed.dtype}{list(needed.shape)}"
+            )

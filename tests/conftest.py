@@ -1,0 +1,30 @@
+"""Eight devices on the host for every test, quick compiles, and shapes checked against the annotations."""
+
+import os
+
+# Before jax makes its backend. The tests run small programs once: less optimisation halves the time to compile them.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
+from jaxtyping import install_import_hook
+
+CHECKED = [
+    "align",
+    "cache_read",
+    "decay",
+    "delta_rule",
+    "devices",
+    "diagonal",
+    "exact_cache",
+    "norms",
+    "piece",
+    "poison",
+]
+CHECKED += ["reference", "reference_linear", "scan", "token", "triangular"]
+_hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "beartype.beartype")

@@ -1,0 +1,95 @@
+"""Small memories for the laws: inputs, configurations, compiled calls, and what it means for two states to be one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hola_jax.memory import CacheParams, MemoryConfig, MemoryState, hola_memory
+
+B, T, KEY_HEADS, H, K, V = 2, 37, 1, 2, 8, 6
+CONFIG = MemoryConfig(window=4, block=8, chunk=4)
+PARAMS = CacheParams(
+    query_scale=jnp.linspace(0.8, 1.3, K),
+    key_scale=jnp.linspace(1.2, 0.7, K),
+    sink_logit=jnp.array([0.3, -0.5]),
+    gate_logit=jnp.array([0.5, -1.0]),
+    temperature=jnp.array([2.0, 3.0]),
+)
+# Two documents behind left padding; two documents (ids with a gap) and right padding, in mid-block and mid-chunk.
+SEGMENTS = np.ones((B, T), np.int32)
+SEGMENTS[0, :5], SEGMENTS[0, 20:] = 0, 2
+SEGMENTS[1, 11:], SEGMENTS[1, 30:] = 3, 0
+
+
+def inputs(seed: int = 0, tokens: int = T, batch: int = B, dtype: str = "float32", key_heads: int = KEY_HEADS) -> list:
+    """q, k, v, beta, log_decay."""
+    draw = np.random.default_rng(seed)
+    q, k = (jnp.asarray(draw.normal(size=(batch, tokens, key_heads, K)), dtype) for _ in range(2))
+    v = jnp.asarray(draw.normal(size=(batch, tokens, H, V)), dtype)
+    beta = jnp.asarray(draw.uniform(size=(batch, tokens, H)), jnp.float32)
+    return [q, k, v, beta, -jnp.asarray(draw.uniform(size=(batch, tokens, H)), jnp.float32)]
+
+
+@functools.cache
+def compiled(config: MemoryConfig, implementation: str | None = None):
+    """hola_memory under jit: (arrays, segment_ids, state, params) -> (out, state)."""
+
+    @jax.jit
+    def run(arrays, segment_ids=None, state=None, params=PARAMS):
+        options = {"config": config, "segment_ids": segment_ids, "state": state, "implementation": implementation}
+        return hola_memory(*arrays, params, **options)
+
+    return run
+
+
+@functools.cache
+def compiled_gradient(config: MemoryConfig, implementation: str | None = None):
+    """Gradient of a nonlinear function of outputs and state, by inputs and parameters."""
+
+    def loss(arrays, params, segment_ids=None):
+        out, state = compiled(config, implementation)(arrays, segment_ids, None, params)
+        kept = jnp.sum(state.cache_values.astype(jnp.float32) ** 2) + jnp.sum(jnp.cos(state.cache_keys))
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.tanh(state.fast_weights)) + 0.1 * kept
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+def pieces(arrays: list, cuts: list[int]) -> list[list]:
+    edges = [0, *cuts, arrays[0].shape[1]]
+    return [[x[:, a:b] for x in arrays] for a, b in itertools.pairwise(edges)]
+
+
+def run_in_pieces(run, arrays: list, segment_ids, cuts: list[int], state=None):
+    """The outputs of the pieces joined, and the state behind the last."""
+    parts = pieces([*arrays] if segment_ids is None else [*arrays, segment_ids], cuts)
+    outs = []
+    for part in parts:
+        if part[0].shape[1] == 0:
+            continue
+        out, state = run(part[:5], part[5] if segment_ids is not None else None, state)
+        outs.append(out)
+    return jnp.concatenate(outs, axis=1), state
+
+
+def assert_same_state(a: MemoryState, b: MemoryState, atol: float = 2e-5) -> None:
+    """Integers identical (so the same tokens are kept), numbers close."""
+    for field in dataclasses.fields(MemoryState):
+        if field.name == "config":
+            continue
+        left, right = (np.asarray(getattr(state, field.name)) for state in (a, b))
+        if left.dtype == np.int32:
+            np.testing.assert_array_equal(left, right, err_msg=field.name)
+        else:
+            left, right = left.astype(np.float32), right.astype(np.float32)
+            np.testing.assert_allclose(left, right, atol=atol, rtol=1e-4, err_msg=field.name)
+
+
+def assert_close(actual, expected, atol: float = 2e-5, name: str = "") -> None:
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, atol=atol, rtol=1e-4, err_msg=name)

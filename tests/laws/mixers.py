@@ -1,0 +1,14 @@
+"""The mixers under test. Whoever adds a mixer adds it here, and every law of test_mixers.py holds for it."""
+
+from hola_jax.config import MemoryConfig, ModelConfig
+
+MIXERS = ["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "transformer"]
+
+TOKENS = 13  # a multiple of neither the block nor the chunk
+
+
+def small(mixer: str, **fields: object) -> ModelConfig:
+    """A model whose blocks, chunks and cache are full several times over within TOKENS."""
+    sizes = dict(vocab_size=31, dim=32, layers=2, heads=2, key_dim=8, value_dim=8, slots=4, mlp_dim=32, decay_rank=4)
+    memory = MemoryConfig(window=3, block=8, chunk=4)
+    return ModelConfig(**{**sizes, "mixer": mixer, "memory": memory, "max_length": 16, "dtype": "float32", **fields})

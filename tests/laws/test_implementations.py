@@ -1,0 +1,108 @@
+"""Law 8: every implementation is the reference, forward and backward, with the same tokens kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hola_jax.memory import CacheParams, MemoryConfig
+from tests.laws.cases import (
+    CONFIG,
+    PARAMS,
+    SEGMENTS,
+    T,
+    assert_close,
+    assert_same_state,
+    compiled,
+    compiled_gradient,
+    inputs,
+)
+
+IMPLEMENTATIONS = ["xla"]
+VARIANTS = {
+    "surprise": CONFIG,
+    "associative": MemoryConfig(window=4, block=8, chunk=4, scan="associative"),
+    "residual-unit_l2": MemoryConfig(window=4, block=8, chunk=8, score="residual", read="unit_l2"),
+    "write": MemoryConfig(window=10, block=6, chunk=3, score="write"),  # a cache wider than a block
+    "recency": MemoryConfig(window=3, block=16, chunk=16, score="recency", state_scale=1.0),
+    "random": MemoryConfig(window=4, block=8, chunk=2, score="random", seed=7),
+    "no-cache": MemoryConfig(window=0, block=8, chunk=4),
+}
+
+
+def compare(config, implementation, arrays, segments, atol=2e-5, grad_atol=1e-4):
+    out, state = compiled(config, implementation)(arrays, segments)
+    expected, expected_state = compiled(config, "reference")(arrays, segments)
+    assert_close(out, expected, atol)
+    assert_same_state(state, expected_state, atol)
+    got = compiled_gradient(config, implementation)(arrays, PARAMS, segments)
+    wanted = compiled_gradient(config, "reference")(arrays, PARAMS, segments)
+    names = ["q", "k", "v", "beta", "log_decay", *CacheParams._fields]
+    for name, a, b in zip(names, jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert np.all(np.isfinite(np.asarray(a, np.float32))), name
+        assert_close(a, b, grad_atol, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_implementation_is_the_reference(implementation, variant):
+    compare(VARIANTS[variant], implementation, inputs(), None if variant == "surprise" else SEGMENTS)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_documents_and_padding_as_in_the_reference(implementation):
+    compare(CONFIG, implementation, inputs(3), SEGMENTS)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decay_per_channel_as_in_the_reference(implementation):
+    arrays = inputs(4)
+    decay = np.random.default_rng(4).exponential(size=(*arrays[4].shape, 8)) ** 3  # from none to overwhelming
+    compare(CONFIG, implementation, [*arrays[:4], -jnp.asarray(decay, jnp.float32)], SEGMENTS)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_extreme_gates_and_repeated_or_zero_keys_as_in_the_reference(implementation):
+    q, k, v, beta, g = inputs(5)
+    draw = np.random.default_rng(5)
+    k = k.at[:, 5:15].set(k[:, 5:6]).at[:, 20:24].set(0.0)
+    beta = jnp.asarray(draw.choice([0.0, 0.5, 1.0], beta.shape), jnp.float32)
+    g = jnp.asarray(draw.choice([0.0, -50.0, -1e-3], g.shape), jnp.float32)
+    # Exact repeats make exact residuals of zero, whose order is rounding: rank by position, which has none.
+    config = MemoryConfig(window=4, block=8, chunk=4, score="recency")
+    compare(config, implementation, [q, k, v, beta, g], None)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_inputs_as_in_the_reference(implementation):
+    arrays = inputs(6, dtype="bfloat16")
+    out, state = compiled(CONFIG, implementation)(arrays, SEGMENTS)
+    expected, expected_state = compiled(CONFIG, "reference")(arrays, SEGMENTS)
+    assert out.dtype == jnp.bfloat16 and state.cache_keys.dtype == jnp.bfloat16
+    assert state.fast_weights.dtype == jnp.float32
+    assert_close(out, expected, atol=3e-2)  # one bfloat16 ulp near 4
+    assert_same_state(state, expected_state, atol=2e-2)
+    got = compiled_gradient(CONFIG, implementation)(arrays, PARAMS, SEGMENTS)
+    wanted = compiled_gradient(CONFIG, "reference")(arrays, PARAMS, SEGMENTS)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b) + 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9])
+def test_any_number_of_tokens(tokens):
+    arrays = inputs(7, tokens)
+    out, state = compiled(CONFIG)(arrays)
+    expected, expected_state = compiled(CONFIG, "reference")(arrays)
+    assert_close(out, expected)
+    assert_same_state(state, expected_state)
+
+
+def test_ties_are_won_by_the_earlier_token():
+    q, k, v, beta, g = inputs(8)
+    arrays = [q, k, jnp.ones_like(v), jnp.full_like(beta, 0.5), g]
+    config = MemoryConfig(window=4, block=8, chunk=4, score="write")
+    for implementation in ("reference", *IMPLEMENTATIONS):
+        _, state = compiled(config, implementation)(arrays)
+        assert state.cache_positions.tolist() == [[[0, 1, 2, 3]] * 2] * 2
+    assert config.block < T
