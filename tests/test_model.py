@@ -33,7 +33,7 @@ def loss_and_gradient(mixer: str, remat: str) -> Any:
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-def test_five_lines_of_the_readme() -> None:
+def test_a_call_continues_what_another_left() -> None:
     model = LanguageModel(small("hola"))
     logits, state = model(IDS)
     more, state = model(IDS[:, :1], state=state)

@@ -1,7 +1,9 @@
 """The read: softmax attention of each token over its visible set, [cache | running block up to itself | null sink].
 
-Blocks are read in parallel. Inside a block the causal triangle is cut into tiles of rows, and each tile meets only the
-keys that its last row may see. The backward pass makes the probabilities again from the logarithm of their sum.
+Blocks are read one after the other, so that what is in flight does not grow with T. Inside a block the causal triangle is
+cut into tiles of queries, and each tile meets only the keys that its last query may see. Logits lie keys by queries: sums
+over keys then run along whole vectors of queries. The backward pass makes the probabilities again from the logarithm of
+their sum.
 """
 
 from __future__ import annotations
@@ -27,38 +29,99 @@ class Visible(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Which of it belongs to the token's own document; all but `filled` is None where there is one document."""
+    """Which of it belongs to the token's own document, keys by queries; all but `filled` is None where there is one
+    document."""
 
-    filled: Bool[Array, "n B h r 1 W"]  # the cache row holds a token
-    cache: Bool[Array, "n B 1 1 C 1"] | None  # the token belongs to the document of the cache
+    filled: Bool[Array, "n B h r W 1"]  # the cache row holds a token
+    cache: Bool[Array, "n B 1 1 1 C"] | None  # the token belongs to the document of the cache
     block: Bool[Array, "n B 1 1 C C"] | None  # two tokens of the block belong to one document
 
 
-def row_tiles(block: int) -> list[slice]:
-    """The rows of a block in at most four tiles of one size."""
+def query_tiles(block: int) -> list[slice]:
+    """The queries of a block in at most four tiles of one size."""
     size = block // max(count for count in (1, 2, 3, 4) if block % count == 0)
     return [slice(start, start + size) for start in range(0, block, size)]
 
 
-def _dot(spec: str, left: Array, right: Array) -> Array:
-    """A product in the type of `right` (that of the stored rows), accumulated in float32."""
+def _dot(spec: str, stored: Array, other: Array) -> Array:
+    """A product in the type of the stored rows, accumulated in float32."""
     return jnp.einsum(
-        spec, left.astype(right.dtype), right, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        spec, stored, other.astype(stored.dtype), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
 
 
 def _logits(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, list[Array]]:
-    """Logits of the cache rows, and of each tile of rows with the block's keys it may see."""
+    """Logits of one block: the cache's rows by all queries, and for each tile the block's keys it may see by its queries."""
     allowed = masks.filled if masks.cache is None else masks.filled & masks.cache
-    cache = jnp.where(allowed, _dot("...ck,...wk->...cw", queries, visible.cache_keys), -jnp.inf)
+    cache = jnp.where(allowed, _dot("...wk,...ck->...wc", visible.cache_keys, queries), -jnp.inf)
     block, tiles = queries.shape[-2], []
-    for rows in row_tiles(block):
-        causal = jnp.asarray(np.tri(block, dtype=bool)[rows, : rows.stop])
+    for tile in query_tiles(block):
+        causal = jnp.asarray(np.tri(block, dtype=bool)[tile, : tile.stop].T)
         if masks.block is not None:
-            causal = causal & masks.block[..., rows, : rows.stop]
-        logits = _dot("...ck,...jk->...cj", queries[..., rows, :], visible.block_keys[..., : rows.stop, :])
+            causal = causal & masks.block[..., : tile.stop, tile]
+        logits = _dot("...jk,...ck->...jc", visible.block_keys[..., : tile.stop, :], queries[..., tile, :])
         tiles.append(jnp.where(causal, logits, -jnp.inf))
     return cache, tiles
+
+
+def _read_block(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, Array]:
+    """One block: (what is read [..., C, V], logarithm of the softmax's sum [..., 1, C])."""
+    cache, tiles = _logits(queries, visible, masks)
+    sink = visible.sink_logit[:, :, None, None]
+    top = jnp.concatenate([jnp.max(logits, axis=-2, keepdims=True) for logits in tiles], axis=-1)
+    top = jnp.maximum(jnp.maximum(top, jnp.max(cache, axis=-2, keepdims=True, initial=-jnp.inf)), sink)
+    weights = jnp.exp(cache - top)
+    total = jnp.sum(weights, axis=-2, keepdims=True) + jnp.exp(sink - top)
+    out = _dot("...wv,...wc->...cv", visible.cache_values, weights)
+    parts, sums = [], []
+    for tile, logits in zip(query_tiles(queries.shape[-2]), tiles, strict=True):
+        weights = jnp.exp(logits - top[..., tile])
+        sums.append(jnp.sum(weights, axis=-2, keepdims=True))
+        parts.append(_dot("...jv,...jc->...cv", visible.block_values[..., : tile.stop, :], weights))
+    total = total + jnp.concatenate(sums, axis=-1)
+    out = (out + jnp.concatenate(parts, axis=-2)) / jnp.swapaxes(total, -1, -2)
+    return out, top + jnp.log(total)
+
+
+def _block_gradient(
+    queries: Array, visible: Visible, masks: Masks, out: Array, log_total: Array, d_out: Array
+) -> tuple[Array, Visible]:
+    """Of one block, by its queries and by what it saw."""
+    cache, tiles = _logits(queries, visible, masks)
+    spent = jnp.swapaxes(jnp.sum(d_out * out, axis=-1, keepdims=True), -1, -2)
+    sink_weight = jnp.exp(visible.sink_logit[:, :, None, None] - log_total)
+
+    def through(logits: Array, tile: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
+        weights = jnp.exp(logits - log_total[..., tile])
+        d_logits = weights * (_dot("...jv,...cv->...jc", values, d_out[..., tile, :]) - spent[..., tile])
+        d_queries = _dot("...jk,...jc->...ck", keys, d_logits)
+        d_keys = _dot("...ck,...jc->...jk", queries[..., tile, :].astype(keys.dtype), d_logits)
+        return d_queries, d_keys, _dot("...cv,...jc->...jv", d_out[..., tile, :].astype(values.dtype), weights)
+
+    block = queries.shape[-2]
+    d_queries, d_cache_keys, d_cache_values = through(cache, slice(0, block), visible.cache_keys, visible.cache_values)
+    d_keys, d_values, parts = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), []
+    for tile, logits in zip(query_tiles(block), tiles, strict=True):
+        seen = slice(0, tile.stop)
+        part, keys, values = through(logits, tile, visible.block_keys[..., seen, :], visible.block_values[..., seen, :])
+        unseen = [(0, 0)] * (keys.ndim - 2) + [(0, block - tile.stop), (0, 0)]
+        parts.append(part)
+        d_keys, d_values = d_keys + jnp.pad(keys, unseen), d_values + jnp.pad(values, unseen)
+    gradient = Visible(
+        d_cache_keys,
+        d_cache_values,
+        jnp.sum(d_keys, axis=-3, keepdims=True),
+        d_values,
+        -jnp.sum(sink_weight * spent, axis=(0, -2, -1)),
+    )
+    gradient = jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, visible)
+    return (d_queries + jnp.concatenate(parts, axis=-2)).astype(queries.dtype), gradient
+
+
+def _of_blocks(visible: Visible, blocks: int) -> Visible:
+    """With the sink's logit once for each block, as the rest is."""
+    sink = visible.sink_logit.astype(jnp.float32)
+    return visible._replace(sink_logit=jnp.broadcast_to(sink, (blocks, *sink.shape)))
 
 
 @jax.custom_vjp
@@ -68,54 +131,17 @@ def read_visible(queries: Float[Array, "n B h r C K"], visible: Visible, masks: 
 
 
 def _read_forward(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, tuple[Any, ...]]:
-    cache, tiles = _logits(queries, visible, masks)
-    sink = visible.sink_logit.astype(jnp.float32)[:, :, None, None]
-    block_top = jnp.concatenate([jnp.max(tile, axis=-1, keepdims=True) for tile in tiles], axis=-2)
-    top = jnp.maximum(block_top, jnp.max(cache, axis=-1, keepdims=True, initial=-jnp.inf))
-    top = jnp.maximum(top, sink)
-    weights = jnp.exp(cache - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top)
-    out = _dot("...cw,...wv->...cv", weights, visible.cache_values)
-    parts, sums = [], []
-    for rows, tile in zip(row_tiles(queries.shape[-2]), tiles, strict=True):
-        weights = jnp.exp(tile - top[..., rows, :])
-        sums.append(jnp.sum(weights, axis=-1, keepdims=True))
-        parts.append(_dot("...cj,...jv->...cv", weights, visible.block_values[..., : rows.stop, :]))
-    total = total + jnp.concatenate(sums, axis=-2)
-    out = (out + jnp.concatenate(parts, axis=-2)) / total
-    return out, (queries, visible, masks, out, top + jnp.log(total))
+    blocks = (queries, _of_blocks(visible, queries.shape[0]), masks)
+    out, log_total = lax.map(lambda block: _read_block(*block), blocks)
+    return out, (queries, visible, masks, out, log_total)
 
 
 def _read_backward(saved: tuple[Any, ...], d_out: Array) -> tuple[Array, Visible, None]:
     queries, visible, masks, out, log_total = saved
-    cache, tiles = _logits(queries, visible, masks)
-    sink = visible.sink_logit.astype(jnp.float32)[:, :, None, None]
-    spent = jnp.sum(d_out * out, axis=-1, keepdims=True)
-    d_sink = -jnp.sum(jnp.exp(sink - log_total) * spent, axis=(0, 1, -2, -1))
-
-    def through(logits: Array, rows: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
-        weights = jnp.exp(logits - log_total[..., rows, :])
-        d_values = _dot("...cj,...cv->...jv", weights, d_out[..., rows, :].astype(values.dtype))
-        d_logits = weights * (_dot("...cv,...jv->...cj", d_out[..., rows, :], values) - spent[..., rows, :])
-        d_queries = _dot("...cj,...jk->...ck", d_logits, keys)
-        return d_queries, _dot("...cj,...ck->...jk", d_logits, queries[..., rows, :]), d_values
-
-    block = queries.shape[-2]
-    d_queries, d_cache_keys, d_cache_values = through(cache, slice(0, block), visible.cache_keys, visible.cache_values)
-    d_keys = jnp.zeros((*out.shape[:-2], block, queries.shape[-1]), jnp.float32)
-    d_values = jnp.zeros((*out.shape[:-1], visible.block_values.shape[-1]), jnp.float32)
-    parts = []
-    for rows, tile in zip(row_tiles(block), tiles, strict=True):
-        seen = slice(0, rows.stop)
-        part, keys, values = through(tile, rows, visible.block_keys[..., seen, :], visible.block_values[..., seen, :])
-        parts.append(part)
-        d_keys = d_keys.at[..., seen, :].add(keys)
-        d_values = d_values.at[..., seen, :].add(values)
-    gradient = Visible(
-        d_cache_keys, d_cache_values, jnp.sum(d_keys, axis=3, keepdims=True), d_values, d_sink.astype(jnp.float32)
-    )
-    gradient = jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, visible)
-    return (d_queries + jnp.concatenate(parts, axis=-2)).astype(queries.dtype), gradient, None
+    blocks = (queries, _of_blocks(visible, queries.shape[0]), masks, out, log_total, d_out)
+    d_queries, gradient = lax.map(lambda block: _block_gradient(*block), blocks)
+    d_sink = jnp.sum(gradient.sink_logit, axis=0).astype(visible.sink_logit.dtype)
+    return d_queries, gradient._replace(sink_logit=d_sink), None
 
 
 read_visible.defvjp(_read_forward, _read_backward)
@@ -130,7 +156,7 @@ def read_token(
 ) -> Float[Array, "B h r V"]:
     """The read of one token over several stores of rows and the null sink, in float32."""
     logits = [
-        jnp.where(mask, _dot("bhrk,bhrxk->bhrx", query, store), -jnp.inf)
+        jnp.where(mask, _dot("bhrxk,bhrk->bhrx", store, query), -jnp.inf)
         for store, mask in zip(keys, allowed, strict=True)
     ]
     sink = jnp.broadcast_to(sink_logit.astype(jnp.float32)[..., None], (*query.shape[:-1], 1))
@@ -138,5 +164,5 @@ def read_token(
     out, start = jnp.zeros((), jnp.float32), 0
     for store in values:
         stop = start + store.shape[-2]
-        out, start = out + _dot("bhrx,bhrxv->bhrv", weights[..., start:stop], store), stop
+        out, start = out + _dot("bhrxv,bhrx->bhrv", store, weights[..., start:stop]), stop
     return out

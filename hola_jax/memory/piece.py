@@ -146,11 +146,12 @@ def _read_blocks(
         x = x.reshape(batch, blocks, block, key_heads, x.shape[2] // key_heads, x.shape[3])
         return x.transpose(1, 0, 3, 4, 2, 5)
 
-    masks = Masks(heads_apart(filled[..., None, :], key_heads), None, None)
+    masks = Masks(heads_apart(filled[..., None], key_heads), None, None)
     if piece.several:
         documents = piece.documents.reshape(batch, blocks, block).transpose(1, 0, 2)[:, :, None, None]
         same = (documents[..., :, None] == documents[..., None, :]) & (documents > 0)[..., None]
-        masks = masks._replace(cache=(documents == rows.document[:-1, :, None, None, None])[..., None], block=same)
+        of_cache = (documents == rows.document[:-1, :, None, None, None])[..., None, :]
+        masks = masks._replace(cache=of_cache, block=same)
     visible = Visible(
         heads_apart(cache_keys, key_heads),
         heads_apart(cache_values, key_heads),

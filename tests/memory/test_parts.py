@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hola_jax.memory.cache_read import row_tiles
+from hola_jax.memory.cache_read import query_tiles
 from hola_jax.memory.decay import decayed_products, decays, pair_decay, running_sum
 from hola_jax.memory.delta_rule import delta_rule
 from hola_jax.memory.exact_cache import best_rows, hashed_score
@@ -86,7 +86,7 @@ def test_random_score_depends_on_position_head_and_seed_alone():
 
 @pytest.mark.parametrize("block", [1, 6, 7, 256])
 def test_tiles_cover_a_block(block):
-    assert [i for rows in row_tiles(block) for i in range(block)[rows]] == list(range(block))
+    assert [i for rows in query_tiles(block) for i in range(block)[rows]] == list(range(block))
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("ordinary", 4e-7), ("parallel keys", 2e-6), ("closed gates", 2e-6)])
