@@ -16,7 +16,7 @@ from train.sources import Recall, library_text
 
 NAMES: dict[Mixer, str] = {"hola": "HOLA", "gated_deltanet": "Gated DeltaNet"}
 TEXT = ModelConfig(
-    vocab_size=256, dim=96, layers=2, heads=2, dtype="float32", memory=MemoryConfig(window=32, block=64, chunk=32)
+    vocab_size=256, dim=64, layers=2, heads=2, dtype="float32", memory=MemoryConfig(window=32, block=64, chunk=32)
 )
 RECALL = ModelConfig(
     vocab_size=Recall.vocab_size,
@@ -26,7 +26,7 @@ RECALL = ModelConfig(
     key_dim=16,
     value_dim=16,
     dtype="float32",
-    memory=MemoryConfig(window=16, block=16, chunk=16),
+    memory=MemoryConfig(window=8, block=8, chunk=8),
 )
 
 
@@ -38,11 +38,11 @@ class Demo:
     recall planted facts. The numbers are printed whichever is better.
     """
 
-    text_steps: int = 350
+    text_steps: int = 300
     """Training steps on text."""
-    recall_steps: int = 1200
+    recall_steps: int = 500
     """Training steps on recall."""
-    tokens: int = 512
+    tokens: int = 256
     """Bytes of a row of text."""
     seed: int = 0
     """Of initial parameters and of the order of the data."""

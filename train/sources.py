@@ -44,12 +44,12 @@ def library_text(tokens: int, root: Path | None = None) -> tuple[np.ndarray, np.
 class Recall:
     """Facts planted among noise, asked for at the end: an exact memory's task.
 
-    A sequence of 128 tokens: 12 pairs (key, value) at random places of the first 96, noise between them; then 8 questions
-    of 4 tokens, noise, noise, key, value. Keys, values and noise are 64 tokens each. What counts is the value, predicted
-    at its key.
+    A sequence of 64 tokens: 6 pairs (key, value) at random places of the first 48, noise between them; then 4 questions of
+    4 tokens, noise, noise, key, value. Keys, values and noise are 32 tokens each. What counts is the value, predicted at
+    its key.
     """
 
-    tokens, pairs, questions, kind = 128, 12, 8, 64
+    tokens, pairs, questions, kind = 64, 6, 4, 32
     vocab_size = 3 * kind
 
     def batch(self, draw: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:

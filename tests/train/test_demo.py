@@ -35,10 +35,10 @@ def test_text_that_is_missing_or_too_short_is_named(tmp_path):
 
 def test_recall_asks_only_for_what_was_planted():
     tokens, mask = Recall().batch(np.random.default_rng(0), 5)
-    assert tokens.shape == (5, 128) and mask.sum() == 5 * 8
+    assert tokens.shape == (5, 64) and mask.sum() == 5 * 4
     for row, asked in zip(tokens, mask, strict=True):
-        facts = {(row[t], row[t + 1]) for t in range(0, 96, 2) if row[t] < 64}
-        assert len(facts) == 12
+        facts = {(row[t], row[t + 1]) for t in range(0, 48, 2) if row[t] < 32}
+        assert len(facts) == 6
         assert all((row[t], row[t + 1]) in facts for t in np.flatnonzero(asked))
 
 
