@@ -38,9 +38,9 @@ class Demo:
     recall planted facts. The numbers are printed whichever is better.
     """
 
-    text_steps: int = 300
+    text_steps: int = 200
     """Training steps on text."""
-    recall_steps: int = 500
+    recall_steps: int = 300
     """Training steps on recall."""
     tokens: int = 256
     """Bytes of a row of text."""
