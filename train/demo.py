@@ -41,7 +41,7 @@ class Demo:
     text_steps: int = 200
     """Training steps on text."""
     recall_steps: int = 300
-    """Training steps on recall. The default is what two slow cores have time for, and too few: both models still guess."""
+    """Training steps on recall. The default is what two slow cores have time for, and too few: HOLA still guesses."""
     tokens: int = 256
     """Bytes of a row of text."""
     seed: int = 0
