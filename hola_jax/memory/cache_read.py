@@ -3,7 +3,8 @@
 Blocks are read one after the other, so that what is in flight does not grow with T. Inside a block the causal triangle is
 cut into tiles of queries, and each tile meets only the keys that its last query may see. Logits lie keys by queries: sums
 over keys then run along whole vectors of queries. The backward pass makes the probabilities again from the logarithm of
-their sum.
+their sum. Tokens come as they lie in the model, heads behind them; a block's are turned heads first where they are small
+enough to stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Visible(NamedTuple):
 
     cache_keys: Float[Array, "n B h r W K"]
     cache_values: Float[Array, "n B h r W V"]
-    block_keys: Float[Array, "n B h 1 C K"]
-    block_values: Float[Array, "n B h r C V"]
+    block_keys: Float[Array, "n B C h 1 K"]
+    block_values: Float[Array, "n B C h r V"]
     sink_logit: Float[Array, "h r"]
 
 
@@ -35,6 +36,19 @@ class Masks(NamedTuple):
     filled: Bool[Array, "n B h r W 1"]  # the cache row holds a token
     cache: Bool[Array, "n B 1 1 1 C"] | None  # the token belongs to the document of the cache
     block: Bool[Array, "n B 1 1 C C"] | None  # two tokens of the block belong to one document
+
+
+def heads_first(x: Float[Array, "B C h r X"]) -> Float[Array, "B h r C X"]:
+    return x.transpose(0, 2, 3, 1, 4)
+
+
+def tokens_first(x: Float[Array, "B h r C X"]) -> Float[Array, "B C h r X"]:
+    return x.transpose(0, 3, 1, 2, 4)
+
+
+def _turned(visible: Visible) -> Visible:
+    """One block's rows, all heads first."""
+    return visible._replace(block_keys=heads_first(visible.block_keys), block_values=heads_first(visible.block_values))
 
 
 def query_tiles(block: int) -> list[slice]:
@@ -65,7 +79,8 @@ def _logits(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, list
 
 
 def _read_block(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, Array]:
-    """One block: (what is read [..., C, V], logarithm of the softmax's sum [..., 1, C])."""
+    """One block: (what is read [B, C, h, r, V], logarithm of the softmax's sum [B, h, r, 1, C])."""
+    queries, visible = heads_first(queries), _turned(visible)
     cache, tiles = _logits(queries, visible, masks)
     sink = visible.sink_logit[:, :, None, None]
     top = jnp.concatenate([jnp.max(logits, axis=-2, keepdims=True) for logits in tiles], axis=-1)
@@ -80,13 +95,15 @@ def _read_block(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, 
         parts.append(_dot("...jv,...jc->...cv", visible.block_values[..., : tile.stop, :], weights))
     total = total + jnp.concatenate(sums, axis=-1)
     out = (out + jnp.concatenate(parts, axis=-2)) / jnp.swapaxes(total, -1, -2)
-    return out, top + jnp.log(total)
+    return tokens_first(out), top + jnp.log(total)
 
 
 def _block_gradient(
     queries: Array, visible: Visible, masks: Masks, out: Array, log_total: Array, d_out: Array
 ) -> tuple[Array, Visible]:
     """Of one block, by its queries and by what it saw."""
+    given, visible = visible, _turned(visible)
+    queries, out, d_out = heads_first(queries), heads_first(out), heads_first(d_out)
     cache, tiles = _logits(queries, visible, masks)
     spent = jnp.swapaxes(jnp.sum(d_out * out, axis=-1, keepdims=True), -1, -2)
     sink_weight = jnp.exp(visible.sink_logit[:, :, None, None] - log_total)
@@ -110,12 +127,12 @@ def _block_gradient(
     gradient = Visible(
         d_cache_keys,
         d_cache_values,
-        jnp.sum(d_keys, axis=-3, keepdims=True),
-        d_values,
+        tokens_first(jnp.sum(d_keys, axis=-3, keepdims=True)),
+        tokens_first(d_values),
         -jnp.sum(sink_weight * spent, axis=(0, -2, -1)),
     )
-    gradient = jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, visible)
-    return (d_queries + jnp.concatenate(parts, axis=-2)).astype(queries.dtype), gradient
+    gradient = jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, given)
+    return tokens_first(d_queries + jnp.concatenate(parts, axis=-2)).astype(queries.dtype), gradient
 
 
 def _of_blocks(visible: Visible, blocks: int) -> Visible:
@@ -125,7 +142,7 @@ def _of_blocks(visible: Visible, blocks: int) -> Visible:
 
 
 @jax.custom_vjp
-def read_visible(queries: Float[Array, "n B h r C K"], visible: Visible, masks: Masks) -> Float[Array, "n B h r C V"]:
+def read_visible(queries: Float[Array, "n B C h r K"], visible: Visible, masks: Masks) -> Float[Array, "n B C h r V"]:
     """The read, in float32. Queries come with the softmax's temperature multiplied in."""
     return _read_forward(queries, visible, masks)[0]
 

@@ -43,7 +43,8 @@ def hola_memory(
                     see each other and padding is as if it were not there. None: all tokens belong to one document, that of
                     `state` where it has one.
     state           continues an earlier piece; None starts empty. One token with a state takes the decoding path.
-    implementation  None chooses; a choice that cannot run raises NotImplementedError.
+    implementation  "reference", "xla", "pallas" (TPU kernels) or "interpret" (their programs without a TPU, slowly). None
+                    is "xla"; a choice that cannot run raises NotImplementedError.
     check           also test what only values can tell (ranges, order of segment ids); inside jit it needs checkify.
     sequence_axis   inside shard_map: the mesh axis along which T is sharded, in parts of whole blocks; only the end of the
                     whole sequence may be padding. The state that comes back is that of the whole sequence.
@@ -63,9 +64,8 @@ def hola_memory(
     else:
         documents = segment_ids.astype(jnp.int32)
 
-    clear = poison.cleared(
-        q, k, (v, beta, log_decay), (state.fast_weights,), documents if several else None, state.document, sequence_axis
-    )
+    others, packed = (v, beta, log_decay), documents if several else None
+    clear = poison.cleared(q, k, others, (state.fast_weights,), packed, state.document, sequence_axis, fresh=fresh)
     inputs = Inputs(clear.q, clear.k, *clear.others)
     state = dataclasses.replace(state, fast_weights=clear.states[0], config=config.meaning())
     if implementation == "reference":
@@ -73,6 +73,8 @@ def hola_memory(
     elif length == 1 and not fresh and sequence_axis is None:
         out, state = run_token(inputs, cache_params, config, documents[:, 0], state)
     else:
-        out, state = run_piece(inputs, cache_params, config, documents, several, state, fresh, sequence_axis)
+        out, state = run_piece(
+            inputs, cache_params, config, documents, several, state, fresh, sequence_axis, implementation
+        )
     fast_weights = poison.spoil(state.fast_weights, clear.spoilt_last)
     return poison.spoil(out, clear.spoilt), dataclasses.replace(state, fast_weights=fast_weights)

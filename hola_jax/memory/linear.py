@@ -81,7 +81,7 @@ def linear_memory(
 
     several, documents, document = documents_of(segment_ids, state.document, length)
     others = (v, log_decay) if beta is None else (v, log_decay, beta)
-    clear = poison.cleared(q, k, others, (state.fast_weights,), several, document, sequence_axis)
+    clear = poison.cleared(q, k, others, (state.fast_weights,), several, document, sequence_axis, fresh=fresh)
     (values, log_decay, *gate), (fast_weights,) = clear.others, clear.states
     beta = gate[0] if gate else None
     q, k = (unit_l2(x) if normalise else x.astype(jnp.float32) for x in (clear.q, clear.k))

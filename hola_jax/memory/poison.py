@@ -17,7 +17,8 @@ from hola_jax.memory.scan import axis_scan
 
 def not_finite(x: Float[Array, "B T H ..."]) -> Bool[Array, "B T H"]:
     """Whether anything of a token and head is NaN or infinite."""
-    return ~jnp.all(jnp.isfinite(x), axis=tuple(range(3, x.ndim))) if x.ndim > 3 else ~jnp.isfinite(x)
+    # 0 * x is NaN just where x is not finite, and a sum keeps it: one pass, where a table of truths would be stored.
+    return jnp.isnan(jnp.sum(0 * x, axis=tuple(range(3, x.ndim))))
 
 
 def cleaned(x: Array, bad: Bool[Array, "B T H"]) -> Array:
@@ -67,10 +68,13 @@ def cleared(
     documents: Int[Array, "B T"] | None,
     document: Int[Array, " B"],
     axis: str | None = None,
+    *,
+    fresh: bool,
 ) -> Cleared:
     """A query spoils its own output; a key and the `others` ([B, T, H, ...]: values, gates) spoil what comes after, too.
 
-    `documents` is None where all tokens belong to one document, that of `states`; `document` is the states' own.
+    `documents` is None where all tokens belong to one document, that of `states`; `document` is the states' own. `fresh`
+    states are empty: nobody looks for NaN in them, which compilers would do once for every number of the constant.
     """
     bad = jnp.stack([not_finite(x) for x in others]).any(0)
     bad_key, bad_query = not_finite(k), not_finite(q)
@@ -78,7 +82,9 @@ def cleared(
     written = bad | jnp.repeat(bad_key, group, axis=2)
     if documents is not None:
         written = written & (documents > 0)[..., None]
-    incoming = jnp.stack([~jnp.isfinite(x).all(tuple(range(2, x.ndim))) for x in states]).any(0)
+    incoming = jnp.zeros((bad.shape[0], bad.shape[2]), bool)
+    if not fresh:
+        incoming = jnp.stack([~jnp.isfinite(x).all(tuple(range(2, x.ndim))) for x in states]).any(0)
     if axis is not None:
         (document, incoming), (_, last) = around_device(written, documents, incoming, document, axis)
     spoilt = spoilt_since(written, documents, incoming, document)
@@ -89,7 +95,7 @@ def cleared(
         q=cleaned(q, bad_query),
         k=cleaned(k, bad_key),
         others=tuple(cleaned(x, bad) for x in others),
-        states=tuple(jnp.where(jnp.isfinite(x), x, 0.0) for x in states),
+        states=states if fresh else tuple(jnp.where(jnp.isfinite(x), x, 0.0) for x in states),
         spoilt=asked if documents is None else asked & (documents > 0)[..., None],
         spoilt_last=last,
     )

@@ -81,7 +81,7 @@ def slot_memory(
 
     several, documents, document = documents_of(segment_ids, state.document, length)
     given = (state.keys, state.values)
-    clear = poison.cleared(q, k, (v, log_forget), given, several, document, sequence_axis)
+    clear = poison.cleared(q, k, (v, log_forget), given, several, document, sequence_axis, fresh=fresh)
     before, last = documents_around(documents, document, sequence_axis)
     (values, log_forget), (slot_keys, slot_values) = clear.others, clear.states
     q, k, states = clear.q, clear.k, (slot_keys, slot_values)

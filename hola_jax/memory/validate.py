@@ -11,7 +11,7 @@ from jax.experimental import checkify
 from hola_jax.array_types import Array
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState, Scan
 
-Implementation = Literal["reference", "xla", "pallas"]
+Implementation = Literal["reference", "xla", "pallas", "interpret"]
 
 
 def _is_float(name: str, x: Any) -> None:
@@ -61,19 +61,24 @@ def segments(segment_ids: Array | None, batch: int, length: int) -> None:
 
 
 def choose_implementation(implementation: Implementation | None, sequence_axis: str | None) -> Implementation:
-    """The implementation that runs: None is "xla", which runs on every platform. One that cannot is refused, with why."""
+    """The implementation that runs: None is "xla", which runs on every platform. One that cannot is refused, with why.
+
+    "pallas" takes TPU kernels for many tokens at once; "interpret" runs their programs without a TPU, slowly, for tests.
+    """
     if implementation is None:
         return "xla"
     if implementation not in get_args(Implementation):
-        raise ValueError(f"implementation is {implementation!r}; it must be None, 'reference', 'xla' or 'pallas'")
-    if implementation == "pallas":
+        names = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation is {implementation!r}; it must be None or one of {names}")
+    if implementation == "pallas" and jax.default_backend() != "tpu":
         raise NotImplementedError(
-            "implementation='pallas': this version has no Pallas kernels; "
-            "use implementation='xla' (or None), which runs on every platform"
+            f"implementation='pallas': its kernels are for TPUs, and this is {jax.default_backend()}; "
+            "use implementation='xla' (or None), which runs on every platform, or 'interpret', which runs the kernels slowly"
         )
-    if implementation == "reference" and sequence_axis is not None:
+    if implementation != "xla" and sequence_axis is not None:
         raise NotImplementedError(
-            f"implementation='reference' runs on whole sequences; with sequence_axis={sequence_axis!r} use 'xla' (or None)"
+            f"implementation={implementation!r} runs on whole sequences; with sequence_axis={sequence_axis!r} use 'xla' "
+            "(or None)"
         )
     return implementation
 
@@ -86,6 +91,10 @@ def choose_run(
         raise ValueError(f"chunk is {chunk!r}; it must be an integer of at least 1")
     if scan not in get_args(Scan):
         raise ValueError(f"scan is {scan!r}; it must be one of {list(get_args(Scan))}")
+    if implementation in ("pallas", "interpret"):
+        raise NotImplementedError(
+            f"implementation={implementation!r}: this memory has no kernels; use 'xla' (or None), which runs everywhere"
+        )
     return choose_implementation(implementation, sequence_axis)
 
 

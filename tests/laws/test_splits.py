@@ -30,11 +30,13 @@ def empty(config=CONFIG, batch=B):
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "documents"])
-@pytest.mark.parametrize("cuts", [[13], [8, 16], [3, 4, 35]])
-def test_whole_is_split(cuts, segments):
+@pytest.mark.parametrize(
+    ("cuts", "implementation"), [([13], "xla"), ([8, 16], "xla"), ([3, 4, 35], "xla"), ([13], "interpret")]
+)
+def test_whole_is_split(cuts, segments, implementation):
     arrays = inputs()
     whole, state = compiled(CONFIG)(arrays, segments)
-    parts, after = run_in_pieces(compiled(CONFIG), arrays, segments, cuts, empty())
+    parts, after = run_in_pieces(compiled(CONFIG, implementation), arrays, segments, cuts, empty())
     assert_close(parts, whole)
     assert_same_state(after, state)
 
@@ -53,14 +55,15 @@ def test_whole_is_token_by_token(score, segments, implementation):
     assert_same_state(after, state)
 
 
-def test_rows_stand_at_different_places_in_their_blocks():
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_rows_stand_at_different_places_in_their_blocks(implementation):
     """Row 0 has read 5 tokens, row 1 has read 11; both continue in one call."""
     arrays = inputs(2)
     heads = [[x[i : i + 1, :n] for x in arrays] for i, n in ((0, 5), (1, 11))]
     states = [compiled(CONFIG)(part)[1] for part in heads]
     state = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *states)
     tail = [jnp.stack([x[0, 5:25], x[1, 11:31]]) for x in arrays]
-    out, after = compiled(CONFIG)(tail, None, state)
+    out, after = compiled(CONFIG, implementation)(tail, None, state)
     for row, stop in ((0, 25), (1, 31)):
         alone, alone_state = compiled(CONFIG)([x[row : row + 1, :stop] for x in arrays])
         assert_close(out[row : row + 1], alone[:, -20:])

@@ -47,6 +47,11 @@ REFUSED = {
     "config": ({"config": "surprise"}, TypeError, "config is a str; it must be a MemoryConfig"),
     "implementation": ({"implementation": "cuda"}, ValueError, "implementation is 'cuda'; it must be"),
     "pallas": ({"implementation": "pallas"}, NotImplementedError, "use implementation='xla'"),
+    "decay by kernel": (
+        {"log_decay": jnp.zeros((B, T, H, 8)), "implementation": "interpret"},
+        NotImplementedError,
+        "takes one decay per token and head, not one per key channel",
+    ),
     "state batch": ({"state": state(batch=3)}, ValueError, r"state.fast_weights has shape \(3, .* needs \(2,"),
     "state config": (
         {"state": state(config=MemoryConfig(window=4, block=8, chunk=4, score="write"))},

@@ -1,0 +1,200 @@
+"""The Pallas delta rule is the delta rule: interpreted against XLA's, forward and gradients, and compiled for TPUs."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from hola_jax.memory.delta_rule import delta_rule as plain
+from hola_jax.memory.norms import unit_l2
+from hola_jax.memory.reference_linear import linear_reference
+from pallas_kernels.delta_rule import delta_rule
+
+SCALE = 0.3
+ROOT = Path(__file__).parents[2]
+
+
+def inputs(length, key_dim=16, value_dim=32, heads=2, key_heads=1, batch=2, dtype="float32", seed=0):
+    """[q, k, v, beta, log_decay, initial]; two gates of each head are closed, one stands open."""
+    draw = np.random.default_rng(seed)
+    q, k = (unit_l2(jnp.asarray(draw.normal(size=(batch, length, key_heads, key_dim)))) for _ in range(2))
+    v = jnp.asarray(draw.normal(size=(batch, length, heads, value_dim)), dtype)
+    beta = draw.uniform(size=(batch, length, heads)).astype(np.float32)
+    decay = -draw.uniform(size=(batch, length, heads)).astype(np.float32)
+    for at, gate in ((3, -30.0), (length // 2, -1000.0), (length - 2, 0.0)):
+        decay[:, at] = gate
+    beta[:, 5], beta[:, 6] = 0.0, 1.0
+    initial = jnp.asarray(draw.normal(size=(batch, heads, key_dim, value_dim)), jnp.float32)
+    return [q.astype(dtype), k.astype(dtype), v, jnp.asarray(beta), jnp.asarray(decay), initial]
+
+
+def documents(length):
+    """Two documents behind left padding, across a chunk's edge; an id's gap and right padding."""
+    ids = np.ones((2, length), np.int32)
+    ids[0, :5], ids[0, length * 2 // 3 :] = 0, 2
+    ids[1, 11:], ids[1, length - 7 :] = 3, 0
+    return jnp.asarray(ids)
+
+
+def gradients(run, arrays, **options):
+    """Gradients of a nonlinear function of outputs and final state, by every input."""
+
+    def loss(*arrays):
+        *tokens, initial = arrays
+        out, _, final = run(*tokens, scale=SCALE, initial=initial, **options)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.tanh(final))
+
+    return jax.jit(jax.grad(loss, argnums=tuple(range(6))))(*arrays)
+
+
+def close(actual, expected, tolerance, name=""):
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    size = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(actual, expected, atol=tolerance * size, rtol=tolerance, err_msg=name)
+
+
+CASES = [
+    (160, 16, 32, 1, None, "float32", "surprise"),
+    (97, 64, 16, 2, "packed", "bfloat16", "surprise"),
+    (140, 32, 64, 1, "packed", "bfloat16", "residual"),
+    (150, 32, 64, 2, "packed", "float32", "residual"),
+    (13, 16, 16, 1, "packed", "float32", "surprise"),
+]
+
+
+@pytest.mark.parametrize(("length", "key_dim", "value_dim", "key_heads", "packed", "dtype", "kind"), CASES)
+def test_outputs_state_and_gradients_are_those_of_xla(length, key_dim, value_dim, key_heads, packed, dtype, kind):
+    *tokens, initial = arrays = inputs(length, key_dim, value_dim, key_heads=key_heads, dtype=dtype)
+    options = {"initial_document": jnp.array([1, 0])}
+    if packed:
+        options["documents"] = documents(length)
+    kernel = functools.partial(delta_rule, interpret=True, out_dtype="float32")
+    given = {"scale": SCALE, "initial": initial, "magnitude": kind, **options}
+    actual, expected = (jax.jit(functools.partial(run, **given))(*tokens) for run in (kernel, plain))
+    for name in ("out", "magnitude", "final"):
+        close(getattr(actual, name), getattr(expected, name), 1e-5, name)
+    actual, expected = (gradients(run, arrays, **options) for run in (kernel, plain))
+    for name, a, b in zip(("q", "k", "v", "beta", "log_decay", "initial"), actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        close(a, b, 3e-5 if a.dtype == jnp.float32 else 2**-7, name)
+
+
+def test_outputs_are_those_of_the_specification():
+    length = 70
+    *tokens, initial = inputs(length)
+    ids, document = documents(length), jnp.array([1, 1])
+    actual = delta_rule(*tokens, scale=SCALE, documents=ids, initial=initial, initial_document=document, interpret=True)
+    out, final = linear_reference(*tokens, SCALE, ids, initial, document)
+    close(actual.out, out, 2e-5)
+    close(actual.final, final, 2e-5)
+
+
+@pytest.mark.parametrize(("gate", "beta"), [(0.0, 1.0), (-50.0, 1.0), (-1e9, 0.0)])
+def test_extreme_gates_repeated_keys_and_keys_of_zeros(gate, beta):
+    length = 80
+    q, k, v, *_, initial = inputs(length, key_heads=2)
+    k = k.at[:, 10:60].set(k[:, 10:11]).at[:, 70:75].set(0.0)
+    gates = jnp.full((2, length, 2), beta), jnp.full((2, length, 2), gate)
+    arrays = [q, k, v, *gates, initial]
+    actual, expected = (gradients(run, arrays) for run in (functools.partial(delta_rule, interpret=True), plain))
+    for a, b in zip(actual, expected, strict=True):
+        close(a, b, 3e-5)
+
+
+def test_nothing_is_read_before_it_is_written_on_a_simulated_chip():
+    """Scratch memory and outputs start as NaN there."""
+    *tokens, initial = inputs(140)
+    given = {"scale": SCALE, "documents": documents(140), "initial": initial}
+    simulated = pltpu.InterpretParams(uninitialized_memory="nan")
+    close(delta_rule(*tokens, **given, interpret=simulated).out, plain(*tokens, **given).out, 1e-5)
+
+
+def test_the_kernels_move_little_more_than_the_floor():
+    """Operands and results of both calls, from their shapes, at the 340M widths: 9,888 bytes per token and head are what
+    inputs, outputs, their gradients and bfloat16 states of every 64 tokens come to; the states of the first and last
+    token come on top."""
+    batch, length, heads, width = 2, 8192, 4, 256
+    wide = jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
+
+    def loss(*arrays):
+        return jnp.sum(delta_rule(*arrays, scale=SCALE, normalise=True).out.astype(jnp.float32))
+
+    calls = pallas_calls(jax.make_jaxpr(jax.grad(loss, argnums=tuple(range(5))))(wide, wide, wide, gates, gates).jaxpr)
+    assert len(calls) == 2
+    moved = sum(x.aval.size * x.aval.dtype.itemsize for call in calls for x in (*call.invars, *call.outvars))
+    assert moved < 1.05 * 9888 * batch * length * heads
+
+
+def pallas_calls(jaxpr):
+    """Every kernel call in a program."""
+    found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "pallas_call"]
+    inner = [x for eqn in jaxpr.eqns if eqn not in found for x in eqn.params.values() if hasattr(x, "jaxpr")]
+    return found + [call for x in inner for call in pallas_calls(x.jaxpr)]
+
+
+def test_keys_are_normalised_on_the_chip_when_asked():
+    q, k, *rest = inputs(70)
+    q, k = q * 3, k * jnp.linspace(0, 2, 70)[:, None, None]  # a key of zeros among them
+    here = gradients(functools.partial(delta_rule, interpret=True, normalise=True), [q, k, *rest])
+    there = gradients(lambda q, k, *rest, **options: plain(unit_l2(q), unit_l2(k), *rest, **options), [q, k, *rest])
+    for a, b in zip(here, there, strict=True):
+        close(a, b, 3e-5)
+
+
+def test_a_document_does_not_see_another():
+    length = 130
+    *tokens, initial = inputs(length)
+    ids = documents(length)
+    changed = [jnp.where((ids == 1).reshape(ids.shape + (1,) * (x.ndim - 2)), x * 0.5, x) for x in tokens]
+    run = functools.partial(delta_rule, scale=SCALE, documents=ids, initial=initial, interpret=True)
+    before, after = np.asarray(run(*tokens).out), np.asarray(run(*changed).out)
+    others = np.asarray(ids) > 1
+    np.testing.assert_array_equal(before[others], after[others])
+    assert not before[np.asarray(ids) == 0].any()
+    assert (before[np.asarray(ids) == 1] != after[np.asarray(ids) == 1]).any()
+
+
+def test_what_cannot_run_is_refused_by_name():
+    q, k, v, beta, decay, _ = inputs(8, key_dim=64, value_dim=64)
+    with pytest.raises(NotImplementedError, match="per key channel"):
+        delta_rule(q, k, v, beta, jnp.zeros((*decay.shape, 64)), scale=1.0)
+    with pytest.raises(NotImplementedError, match="K is 48"):
+        delta_rule(q[..., :48], k[..., :48], v, beta, decay, scale=1.0)
+    with pytest.raises(NotImplementedError, match="V is 32"):
+        delta_rule(q, k, v[..., :32], beta, decay, scale=1.0)
+    with pytest.raises(NotImplementedError, match="v is float16"):
+        delta_rule(q, k, v.astype("float16"), beta, decay, scale=1.0)
+    with pytest.raises(ValueError, match="beta is"):
+        delta_rule(q, k, v, beta[:, 1:], decay, scale=1.0)
+    with pytest.raises(ValueError, match="initial is"):
+        delta_rule(q, k, v, beta, decay, scale=1.0, initial=jnp.zeros((2, 1, 64, 64)))
+    with pytest.raises(ValueError, match="documents is"):
+        delta_rule(q, k, v, beta, decay, scale=1.0, documents=jnp.ones((2, 9), jnp.int32))
+    with pytest.raises(ValueError, match="magnitude is"):
+        delta_rule(q, k, v, beta, decay, scale=1.0, magnitude="loudness")
+    with pytest.raises(ValueError, match="do not fit"):
+        delta_rule(q[:, 1:], k, v, beta, decay, scale=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_forward_and_backward_compile_for_a_tpu_at_the_340m_shapes(topology):
+    """In a process of its own: libtpu reads the environment once. The compiler refuses what VMEM's default cannot hold."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).with_name("compile_delta_rule.py")
+    ran = subprocess.run([sys.executable, script, topology], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    temporary = {line.split()[1]: int(line.split()[-1]) for line in ran.stdout.splitlines()}
+    assert temporary["forward"] < 64 * 2**20
+    assert temporary["both"] < 192 * 2**20  # 128 MiB of it are saved states
