@@ -59,10 +59,19 @@ def stacked_blocks(config: ModelConfig, key: Array) -> Block:
     return nnx.merge(structure, params)
 
 
-def _remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
-    if name == "none":
+GATHERED = (
+    "gathered parameters"  # the name (jax.ad_checkpoint) of what `gather` makes: the backward pass makes it again
+)
+
+
+def _remat(body: Callable[..., Any], name: str, gathers: bool) -> Callable[..., Any]:
+    if name == "none" and not gathers:
         return body
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    policies = {
+        "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+        "full": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
     return jax.checkpoint(body, policy=policies[name], prevent_cse=False)
 
 
@@ -92,8 +101,12 @@ class LanguageModel(nnx.Module):
         state: State = None,
         *,
         sequence_axis: str | None = None,
+        gather: Callable[[Params], Params] | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
-        """What `head` turns into logits, and the state after the last token. Zero at padding."""
+        """What `head` turns into logits, and the state after the last token. Zero at padding.
+
+        gather: inside shard_map, makes the whole parameters of a layer of this device's part of them, a layer at a time
+        """
         _check_call(self.config, tokens, segment_ids, state)
         alignment = None
         if segment_ids is not None and tokens.shape[1] > 1 and sequence_axis is None:
@@ -108,9 +121,10 @@ class LanguageModel(nnx.Module):
 
         def layer(x: Array, params_and_state: tuple[Any, State]) -> tuple[Array, State]:
             params, state = params_and_state
+            params = params if gather is None else gather(params)
             return nnx.merge(structure, params)(x, segment_ids, state, sequence_axis=sequence_axis)
 
-        x, state = lax.scan(_remat(layer, self.config.remat), x, (nnx.to_pure_dict(params), state))
+        x, state = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (nnx.to_pure_dict(params), state))
         x = self.norm(x)
         return (x if alignment is None else to_tokens(x, alignment)), state
 

@@ -28,6 +28,7 @@ def imports(path: Path) -> set[str]:
         ("hola_jax", ("train", "configs", "tests", "benchmarks", "torch", "tensorflow")),
         ("hola_jax/memory", ("flax", "hola_jax.layers", "hola_jax.model", "hola_jax.config", "hola_jax.presets")),
         ("hola_jax/layers", ("hola_jax.model", "hola_jax.presets")),
+        ("pallas_kernels", ("hola_jax", "flax", "train", "configs", "tests", "benchmarks")),
         ("train", ("tests", "benchmarks", "torch", "tensorflow")),
     ],
 )
@@ -40,6 +41,7 @@ def test_arrows_point_one_way(folder, forbidden):
 def test_importing_asks_no_device_and_brings_no_torch():
     code = """
 import os, sys
+import jax  # sets variables of its own
 before = dict(os.environ)
 import hola_jax, train.cli
 from jax._src import xla_bridge
@@ -64,3 +66,16 @@ def test_the_five_lines_of_the_readme():
     exec(compile(code, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 1, 256)
     assert len([line for line in code.splitlines() if line.strip()]) == 5
+
+
+@pytest.mark.slow
+def test_the_accelerators_benchmark_wants_little():
+    code = """
+import sys
+sys.path.insert(0, "benchmarks")
+import gpu
+assert not {"grain", "orbax", "tyro", "tokenizers", "array_record"} & set(sys.modules)
+gpu.main("--preset tiny --models gdn --rows 2 --tokens 64 --steps 1".split())
+"""
+    told = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "gdn-tiny" in told and "tokens/s" in told and "loss 5." in told

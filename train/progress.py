@@ -16,10 +16,10 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Counts to `total`; `note` is what stands behind the bar."""
+    """Counts to `total` from `first`, what was done before; `note` is what stands behind the bar."""
 
-    def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
-        self.label, self.total, self.note = label, total, ""
+    def __init__(self, label: str, total: int, stream: TextIO | None = None, first: int = 0) -> None:
+        self.label, self.total, self.note, self.first = label, total, "", first
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.start = time.monotonic()
@@ -39,7 +39,8 @@ class Progress:
             return
         self.shown = now
         spent = now - self.start
-        left = "" if last or not done else f", {clock(spent / done * (self.total - done))} left"
+        here = done - self.first
+        left = "" if last or not here else f", {clock(spent / here * (self.total - done))} left"
         filled = WIDTH * done // max(self.total, 1)
         bar = "#" * filled + "." * (WIDTH - filled)
         line = f"{self.label} [{bar}] {done}/{self.total}  {clock(spent)}{left}  {self.note}"

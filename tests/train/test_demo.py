@@ -33,13 +33,16 @@ def test_text_that_is_missing_or_too_short_is_named(tmp_path):
         library_text(32, tmp_path)
 
 
-def test_recall_asks_only_for_what_was_planted():
-    tokens, mask = Recall().batch(np.random.default_rng(0), 5)
-    assert tokens.shape == (5, 64) and mask.sum() == 5 * 4
+@pytest.mark.parametrize("fewest", [2, 8])
+def test_recall_asks_only_for_what_was_planted(fewest):
+    tokens, mask = Recall().batch(np.random.default_rng(0), 20, fewest)
+    assert tokens.shape == mask.shape == (20, 64)
     for row, asked in zip(tokens, mask, strict=True):
-        facts = {(row[t], row[t + 1]) for t in range(0, 48, 2) if row[t] < 32}
-        assert len(facts) == 6
-        assert all((row[t], row[t + 1]) in facts for t in np.flatnonzero(asked))
+        told = int(np.argmax(asked)) // 2
+        facts = dict(zip(row[: 2 * told : 2], row[1 : 2 * told : 2], strict=True))
+        assert fewest <= told == len(facts) <= 8
+        assert np.array_equal(np.flatnonzero(asked), np.arange(2 * told, 64, 2))
+        assert all(facts[row[t]] == row[t + 1] for t in np.flatnonzero(asked))
 
 
 def test_progress_shows_share_and_time_left():

@@ -1,0 +1,35 @@
+"""Vital signs: they say of a memory what can be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hola_jax import LanguageModel
+from hola_jax.diagnostics import vital_signs
+from hola_jax.memory import MemoryConfig
+from tests.laws.mixers import small
+
+TOKENS = np.random.default_rng(0).integers(0, 31, (2, 41)).astype(np.int32)
+
+
+def test_a_new_model_reads_evenly():
+    """With queries scaled to nothing, a read is even: the sink has its share of the visible entries."""
+    model = LanguageModel(small("hola"))
+    model.blocks.mixer.cache.query_scale[...] = jnp.zeros_like(model.blocks.mixer.cache.query_scale[...])
+    signs = {name: float(x) for name, x in jax.jit(lambda: vital_signs(model, TOKENS))().items()}
+    np.testing.assert_allclose(signs["gate"], 1 / (1 + np.exp(4)), rtol=1e-5)
+    np.testing.assert_allclose(signs["null_sink_mass"], 1 / (3 + 1 + 1), rtol=1e-5)  # window, the token, the sink
+    assert signs["cache_filled"] == 1 and 0 <= signs["cache_replaced"] <= 1 and 1 <= signs["cached_age"] <= 40
+
+
+def test_by_recency_every_block_replaces_the_cache():
+    memory = MemoryConfig(window=3, block=8, chunk=4, score="recency")
+    signs = vital_signs(LanguageModel(small("hola", memory=memory)), TOKENS)
+    assert signs["cache_replaced"] == 1 and signs["cached_age"] == 2  # the last three tokens of the block: 1, 2 and 3
+
+
+def test_a_row_too_short_has_a_gate_and_another_mixer_none():
+    assert set(vital_signs(LanguageModel(small("hola")), TOKENS[:, :16])) == {"gate"}
+    with pytest.raises(ValueError, match="mixer is 'gla'"):
+        vital_signs(LanguageModel(small("gla")), TOKENS)

@@ -1,0 +1,109 @@
+"""The step: any mesh of eight devices is one device, microbatches are the batch, and what is not finite is skipped."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from hola_jax.config import flops_per_token, parameter_count
+from tests.laws.mixers import MIXERS
+from tests.train.small import ROWS, TOKENS, batch, one_device, trace, training
+from train.mesh import MeshConfig
+from train.optimizer import OptimizerConfig
+from train.report import report
+
+TOLERANCE = 1e-5  # relative: float32 sums in another order, 20 steps long
+SHAPES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "sequence 8": MeshConfig(data=1, sequence=8),
+    "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp 2, tensor 2, sequence 2": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
+}
+FOR_BASELINES = ("data 2, fsdp 2, tensor 2", "sequence 8")
+
+
+@functools.cache
+def expected(mixer):
+    return [metrics["loss"] for metrics in trace(one_device(mixer))[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mixer", "shape"), [(m, shape) for m in MIXERS for shape in (SHAPES if m == "hola" else FOR_BASELINES)]
+)
+def test_any_mesh_gives_the_losses_of_one_device(mixer, shape):
+    got = [metrics["loss"] for metrics in trace(training(SHAPES[shape], mixer))[0]]
+    np.testing.assert_allclose(got, expected(mixer), rtol=TOLERANCE)
+    assert len(set(got)) > 15  # it moves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_microbatches_and_remat_on_a_mesh_change_nothing(remat):
+    train = training(MeshConfig(data=2, fsdp=2, sequence=2), microbatches=2, fields={"remat": remat}, loss_chunk=24)
+    np.testing.assert_allclose([m["loss"] for m in trace(train)[0]], expected("hola"), rtol=TOLERANCE)
+
+
+def test_what_is_not_finite_is_skipped_and_counted():
+    train = one_device("gla")
+    compiled = train.lower(ROWS, TOKENS).compile()
+    state = train.layout.init(0)
+    before = jax.tree.map(np.asarray, state)
+    spoilt = batch(0)
+    spoilt["tokens"][0, 5] = 64  # no such token: NaN
+    state, metrics = compiled(state, spoilt)
+    assert np.isnan(metrics["loss"]) and metrics["skipped"] == 1 and state["step"] == 1
+    for name in ("params", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, state[name], before[name])
+    state, metrics = compiled(state, batch(0))
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1 and state["skipped"] == 1
+    assert not np.array_equal(state["params"]["embedding"], before["params"]["embedding"])
+
+
+def test_a_batch_without_a_token_that_counts_changes_nothing_but_decay():
+    train = one_device("gla")
+    empty = batch(0)
+    empty["mask"][:] = False
+    _, metrics = train.lower(ROWS, TOKENS).compile()(train.layout.init(0), empty)
+    assert metrics["loss"] == 0 and metrics["tokens"] == 0 and metrics["gradient_norm"] == 0
+
+
+def test_the_learning_rate_warms_up_and_ends_at_a_tenth():
+    recipe = OptimizerConfig(warmup=10)
+    rates = [float(recipe.learning_rate(step, 100)) for step in range(100)]
+    np.testing.assert_allclose(rates[0], 4e-5, rtol=1e-5)
+    np.testing.assert_allclose([max(rates), rates[9], rates[-1]], [4e-4, 4e-4, 4e-5], rtol=1e-5)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_a_recipe_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.b1 is 1\.0; it must be at least 0 and below 1"):
+        OptimizerConfig(b1=1.0)
+
+
+def test_the_report_counts():
+    train = one_device("gated_deltanet")
+    compiled = train.lower(ROWS, TOKENS).compile()
+    found = report(compiled, train.layout, ROWS, TOKENS, 1.5)
+    model = train.layout.model
+    assert found.parameters == parameter_count(model)["total"]
+    assert found.argument_bytes >= 3 * 4 * found.parameters and found.aliased_bytes >= 3 * 4 * found.parameters
+    assert found.analytic_flops == 3 * flops_per_token(model, TOKENS) * ROWS * TOKENS
+    assert any("implementation  xla" in line for line in found.lines())
+
+
+def communicated(compiled):
+    """Bytes of the results of all-gathers and the like, each once."""
+    lines = [
+        line.split(" = ", 1)[1] for line in compiled.as_text().splitlines() if re.search(r"= .* all-gather\(", line)
+    ]
+    shapes = [re.findall(r"\[([\d,]*)\]", line.split(" all-gather(")[0]) for line in lines]
+    return sum(int(np.prod([int(n) for n in shape.split(",") if n])) for found in shapes for shape in found)
+
+
+@pytest.mark.slow
+def test_data_parallel_gathers_nothing():
+    assert communicated(training(MeshConfig(data=8)).lower(ROWS, TOKENS).compile()) == 0

@@ -1,0 +1,72 @@
+"""What a run may train on, as plain values: a source says where the tokens come from and opens nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+Split = Literal["train", "held_out"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryText:
+    """The standard library's own source, bytes as tokens: every machine with Python has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFolder:
+    """A folder of text files, tokenised at start and kept in memory; a tenth of the files, by their names, is held out."""
+
+    path: str
+    """The folder."""
+    tokenizer: str = "bytes"
+    """`bytes`, `mistral-v1`, or the path of a tokenizers JSON."""
+    pattern: str = "**/*.txt"
+    """Which files of the folder, as a glob."""
+    held_out: float = 0.1
+    """Share of the files that is held out; the same files whatever else the folder holds."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """A folder that `hola prepare` made: ArrayRecord shards and manifest.json."""
+
+    path: str
+    """The folder, on a file system that every process sees."""
+    tokenizer: str | None = None
+    """The tokenizer it must have been made with: a name, a path or a sha256. None takes what the manifest names."""
+    check: Literal["auto", "size", "full"] = "auto"
+    """At start: sizes and footers of all shards ("size"), checksums too ("full"), or full up to 1 GiB ("auto")."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallTask:
+    """Facts planted and asked for again, made on the fly without end (`train.sources.Recall`)."""
+
+
+Part = LibraryText | TextFolder | Records | RecallTask
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Rows of several sources, interleaved by weight."""
+
+    parts: tuple[tuple[float, Part], ...]
+    """(weight, source): weights need not sum to one."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("a Mixture has no parts; give at least one (weight, source)")
+        for weight, part in self.parts:
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"a Mixture gives {part} the weight {weight}; weights are above 0")
+            if isinstance(part, Mixture):
+                raise ValueError("a Mixture is a part of a Mixture; list its parts in the outer one instead")
+
+
+Source = Part | Mixture

@@ -1,0 +1,54 @@
+"""Sources without preparation: the standard library's text and any folder of text files, a file a document."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+from train.data import tokenizers
+from train.data.config import LibraryText, Split, TextFolder
+from train.sources import HELD_OUT, library_files
+
+
+def documents(source: LibraryText | TextFolder, split: Split) -> tuple[list[np.ndarray], tokenizers.Tokenizer]:
+    """(the tokens of each of the split's files, the tokenizer they are of)."""
+    if isinstance(source, LibraryText):
+        root = Path(sysconfig.get_path("stdlib"))
+        files, share, tokenizer = library_files(root), 1 / HELD_OUT, tokenizers.load("bytes")
+    else:
+        root = Path(source.path)
+        files, share, tokenizer = _matching(source), source.held_out, tokenizers.load(source.tokenizer)
+    chosen = [path for path in files if _held_out(path.relative_to(root), share) == (split == "held_out")]
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(files)} files below {root} falls to the {split} split; add files or hold out others"
+        )
+    replace = isinstance(source, LibraryText)  # it has a few files in old encodings
+    return tokenizer.encode([_text(path, replace) for path in chosen]), tokenizer
+
+
+def _matching(source: TextFolder) -> list[Path]:
+    root = Path(source.path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; give one with text files")
+    files = sorted(path for path in root.glob(source.pattern) if path.is_file())
+    if not files:
+        raise FileNotFoundError(f"{root} holds no files {source.pattern}; give another folder or pattern")
+    return files
+
+
+def _held_out(name: Path, share: float) -> bool:
+    digest = hashlib.blake2b(name.as_posix().encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def _text(path: Path, replace: bool) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace" if replace else "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it or leave it out"
+        ) from error

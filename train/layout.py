@@ -1,0 +1,94 @@
+"""Where everything of a run lies: the state's and the batch's shapes and shardings, known before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hola_jax import LanguageModel, ModelConfig
+from hola_jax.array_types import Array
+from hola_jax.model import Params, weight_decay_mask
+from train import optimizer
+from train.shardings import TABLE, Specs, param_specs, placed
+
+State = dict[str, Any]  # {"params", "optimizer": {"count", "mu", "nu"}, "step", "skipped"}
+Batch = dict[str, Array]  # {"tokens", "targets", "segment_ids", "mask"}, each [B, T]
+INPUTS = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "mask": np.bool_}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A model's parameters, their optimizer and its batches, laid over a mesh."""
+
+    model: ModelConfig
+    mesh: Mesh
+
+    @cached_property
+    def abstract(self) -> LanguageModel:
+        """The model with shapes for parameters."""
+        return nnx.eval_shape(lambda: LanguageModel(self.model))
+
+    @cached_property
+    def _specs(self) -> tuple[Specs, list[str]]:
+        return param_specs(self.params, self.mesh)
+
+    @property
+    def params(self) -> Params:
+        """Shapes of the parameters."""
+        params: Params = nnx.to_pure_dict(nnx.split(self.abstract)[1])
+        return params
+
+    @property
+    def specs(self) -> Specs:
+        return self._specs[0]
+
+    @property
+    def undivided(self) -> list[str]:
+        """A line for each dimension that the sharding table divides and this mesh cannot."""
+        return self._specs[1]
+
+    @property
+    def decayed(self) -> Params:
+        """Which parameters weight decay is for."""
+        return weight_decay_mask(self.abstract)
+
+    @property
+    def state_shardings(self) -> State:
+        """The optimizer's moments lie as their parameters."""
+        whole, params = NamedSharding(self.mesh, P()), placed(self.specs, self.mesh)
+        moments = {"count": whole, "mu": params, "nu": params}
+        return {"params": params, "optimizer": moments, "step": whole, "skipped": whole}
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, TABLE.tokens_bt)
+
+    def init(self, seed: int) -> State:
+        """The state before the first step; each device makes its own part, and any mesh makes the same numbers."""
+        return jax.jit(partial(self._init, seed), out_shardings=self.state_shardings)()
+
+    def _init(self, seed: int) -> State:
+        params = nnx.to_pure_dict(nnx.state(LanguageModel(self.model, seed)))
+        zero = jnp.zeros((), jnp.int32)
+        return {"params": params, "optimizer": optimizer.init(params), "step": zero, "skipped": zero}
+
+    def abstract_state(self) -> State:
+        """Shapes, types and shardings of the state."""
+
+        def placed_shape(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(placed_shape, jax.eval_shape(partial(self._init, 0)), self.state_shardings)
+
+    def abstract_batch(self, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and shardings of a batch."""
+        sharding = self.batch_sharding
+        return {name: jax.ShapeDtypeStruct((rows, tokens), kind, sharding=sharding) for name, kind in INPUTS.items()}
