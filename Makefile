@@ -26,8 +26,6 @@ lint: setup ## ruff and mypy
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy $(TYPED)
 
-# JAX's cache of compiled programs stays off: on a CPU a program read back from it can crash the process. Nor may a
-# worker that crashed be replaced, which can hang the run: its test is what there is to look at.
 unit: setup ## all tests, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST)
 

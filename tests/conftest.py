@@ -1,6 +1,9 @@
 """Eight devices on the host for every test, quick compiles, and shapes checked against the annotations."""
 
+import gc
 import os
+
+import pytest
 
 # Before jax makes its backend. The tests run small programs once: less optimisation halves the time to compile them.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -12,6 +15,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import jax
 from jaxtyping import install_import_hook
 
 CHECKED = [
@@ -28,3 +32,14 @@ CHECKED = [
 ]
 CHECKED += ["reference", "reference_linear", "scan", "token", "triangular"]
 _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Drop compiled programs behind each file: a process may hold some 65,000 memory maps, and every program takes a few.
+
+    Where the system runs out of them, XLA's compiler crashes instead of saying so.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
