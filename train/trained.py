@@ -5,7 +5,6 @@ The folder is only read; a damaged checkpoint is an error here, and stays where 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
