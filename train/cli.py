@@ -13,6 +13,7 @@ from train.config import RunError
 from train.data.prepare import Prepare
 from train.demo import Demo
 from train.generate import Generate
+from train.serve import Serve
 
 
 class Command(Protocol):
@@ -75,6 +76,7 @@ VERBS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "prepare": Prepare,
     "generate": Generate,
+    "serve": Serve,
 }
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ from hola_jax.inference import Delta, Prefix, Request, Sampling
 class Options:
     """How a run's model is opened: shared by `hola generate` and `hola serve`."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """The folder of a run."""
     step: int | None = None
     """Of the checkpoint; none is the last."""

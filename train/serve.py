@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 
@@ -73,9 +74,10 @@ class Serve(Options):
             key,
             self.log_prompts,
         )
+        logging.basicConfig(level=logging.INFO if self.log_prompts else logging.WARNING)
         print(f"hola: serving {service.model} on http://{self.host}:{self.port}/v1", file=sys.stderr)
         uvicorn.run(
-            application(service), host=self.host, port=self.port, log_level="info" if self.log_prompts else "warning"
+            application(service), host=self.host, port=self.port, log_level="warning", timeout_graceful_shutdown=10
         )
 
 

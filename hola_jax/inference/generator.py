@@ -391,6 +391,8 @@ def generate(
     seed        of the first prompt; the second has the next one. Or a list
     stop        a string or strings before which the text ends; `stop_tokens` likewise, None is the end of a document
     """
+    if isinstance(model, Generator) and tokenizer is not None:
+        raise ValueError("a Generator has its tokenizer already; give it there, or a LanguageModel here")
     generator = model if isinstance(model, Generator) else Generator(model, tokenizer)
     single = isinstance(prompts, str | bytes) or _is_tokens(prompts)
     found = generator.generate(

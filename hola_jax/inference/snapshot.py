@@ -57,7 +57,8 @@ def _named(tree: Any) -> dict[str, Any]:
 def meaning(config: ModelConfig) -> dict[str, Any]:
     """The configuration as plain values, without what changes only how fast a result comes."""
     config = dataclasses.replace(config, memory=config.memory.meaning())
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SPEED_ONLY}
+    without = SPEED_ONLY if config.mixer == "transformer" else (*SPEED_ONLY, "max_length")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in without}
 
 
 def save(path: Path, prefix: Prefix, config: ModelConfig, weights: str) -> int:

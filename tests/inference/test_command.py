@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,6 @@ def test_broken_text_and_folders_are_named(run_folder: str, tmp_path: Path) -> N
 
 
 def test_a_damaged_checkpoint_is_an_error_and_stays(run_folder: str, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run_folder, copy)
     newest = max((copy / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
@@ -117,3 +116,27 @@ def test_a_damaged_checkpoint_is_an_error_and_stays(run_folder: str, tmp_path: P
     with pytest.raises(ValueError, match=r"the checkpoint of step 2 in .* (cannot be read|is damaged)"):
         trained(copy)
     assert newest.is_dir() and as_dict(trained(copy, step=1)[0].config)["dim"] == 16
+
+
+def test_serving_binds_to_loopback(run_folder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    from starlette.testclient import TestClient
+
+    (tmp_path / "key").write_text("secret\n")
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: found.update(app=app, **options))
+    cli.main(["serve", run_folder, "--api-key-file", str(tmp_path / "key"), "--slots", "1"])
+    assert found["host"] == "127.0.0.1" and found["port"] == 8000
+    with TestClient(found["app"]) as client:
+        assert client.get("/v1/models").status_code == 401
+        told = client.get("/v1/models", headers={"Authorization": "Bearer secret"}).json()
+        assert told["data"][0]["id"] == "tiny"
+        body = {"model": "tiny", "prompt": "import", "max_tokens": 2}
+        answer = client.post("/v1/completions", json=body, headers={"Authorization": "Bearer secret"})
+        assert answer.json()["usage"]["prompt_tokens"] == 6
+
+
+def test_without_the_extra_serving_says_what_to_install(run_folder: str, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit, match=r"hola serve needs uvicorn: pip install 'hola-jax\[serve\]'"):
+        cli.main(["serve", run_folder])
