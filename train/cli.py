@@ -12,6 +12,8 @@ import tyro
 from train.config import RunError
 from train.data.prepare import Prepare
 from train.demo import Demo
+from train.generate import Generate
+from train.serve import Serve
 
 
 class Command(Protocol):
@@ -68,7 +70,14 @@ class Plan:
             sys.exit(code)
 
 
-VERBS: dict[str, Callable[..., Command]] = {"train": Train, "plan": Plan, "demo": Demo, "prepare": Prepare}
+VERBS: dict[str, Callable[..., Command]] = {
+    "train": Train,
+    "plan": Plan,
+    "demo": Demo,
+    "prepare": Prepare,
+    "generate": Generate,
+    "serve": Serve,
+}
 
 
 def said_in_a_line(action: Callable[[], object]) -> None:
