@@ -85,7 +85,7 @@ def _chosen(cached: Array, coming: Array) -> tuple[Array, Array]:
     return one_hot(rank_cached, cached), one_hot(rank_coming, coming)
 
 
-def merge(tokens: Tokens, cache: Rows, before: Array, after: Array, first: Array, source: Any) -> None:
+def merge(tokens: Tokens, cache: Rows, before: Any, after: Any, first: Any, source: Any) -> None:
     """The cache of the best W among what it holds and the block; of the document `after` alone."""
     cached, coming = cache.scores[...], tokens.scores[...]
     window, block = cached.shape[1], coming.shape[1]
