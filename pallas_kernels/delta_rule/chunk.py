@@ -129,8 +129,10 @@ def load(
     documents: jax.Array | None,
     scale: float,
     normalise: bool,
+    inverse: jax.Array | None = None,
 ) -> Chunk:
-    """The matrices of one chunk; `gates` holds the row of beta and that of the log decays."""
+    """The matrices of one chunk; `gates` holds the row of beta and that of the log decays. An `inverse` that is known
+    is not made again."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if normalise:
         q, k = q * norm_factor(q), k * norm_factor(k)
@@ -145,7 +147,7 @@ def load(
         decay=decay,
         attend=attend,
         lower=lower,
-        inverse=unit_lower_inverse(lower),
+        inverse=unit_lower_inverse(lower) if inverse is None else inverse,
         reader=q * (scale * decay.entering),
         predictor=k * (beta * decay.entering),
         leaver=k * decay.leaving,

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache.backward import Sums, through_merge, through_read
-from pallas_kernels.delta_rule.backward import made_again, through_chunk, through_norm
+from pallas_kernels.delta_rule.backward import ChunkGradient, made_again, through_chunk, through_norm
+from pallas_kernels.delta_rule.chunk import Chunk, outgoing
 from pallas_kernels.hola.forward import Kept, kept_specs, prepared_scratch
 from pallas_kernels.hola.layout import (
     Call,
@@ -27,6 +28,7 @@ from pallas_kernels.hola.layout import (
     Places,
     Prepared,
     cost,
+    for_runs,
     load_chunk,
     occupied,
     prepare,
@@ -70,6 +72,10 @@ class OnChip(NamedTuple):
     query_scale: Any  # [1, K]
     key_scale: Any  # [1, K]
     prepared: Prepared
+    running: Any  # [K, V]: the state, forward again
+    between: Any  # [m, K, V]: the state before each chunk
+    writes: Any  # [C, V]
+    inverses: Any  # [m, c, c]
 
 
 def _through_read_norm(raw: Array, scale: Array, d_ready: Array, share: float) -> tuple[Array, Array]:
@@ -81,24 +87,49 @@ def _through_read_norm(raw: Array, scale: Array, d_ready: Array, share: float) -
 
 
 def _through_state(given: Operands, before: Any, d_out: Any, results: Gradients, on_chip: OnChip, call: Call) -> None:
-    """Back through the chunks, and out: the read's gradients are there already."""
-    chunks = [load_chunk(given, call, index) for index in range(call.chunks)]
-    between, d_state = made_again(chunks, before[...]), on_chip.state[...]
-    for index in reversed(range(call.chunks)):
-        rows, chunk = call.rows_of(index), chunks[index]
-        d = through_chunk(chunk, *between[index], d_out[rows, :].astype(jnp.float32), d_state, call.scale)
-        d_state = d.before
-        for raw, unit, by_unit, d_ready, scale, d_scale, result in (
-            (given.q, chunk.q, d.q, on_chip.queries, given.query_scale, on_chip.query_scale, results.q),
-            (given.k, chunk.k, d.k, on_chip.sums.keys, given.key_scale, on_chip.key_scale, results.k),
-        ):
-            x = raw[rows, :].astype(jnp.float32)
-            by_read, by_scale = _through_read_norm(x, scale[...], d_ready[rows, :], call.share)
-            d_scale[...] += by_scale
-            result[rows, :] = (through_norm(x, unit, by_unit) + by_read).astype(result.dtype)
-        results.v[rows, :] = (d.v + on_chip.sums.values[rows, :]).astype(results.v.dtype)
-        results.gates[index, 0:1, :], results.gates[index, 1:2, :] = d.beta, d.log_decay
-    on_chip.state[...] = d_state
+    """Back through the chunks, and out: the read's gradients are there already. First forward again, for the states
+    between the chunks; of a chunk's matrices the inverse waits, the rest is made twice."""
+    on_chip.running[...] = before[...]
+
+    def again(indices: list[Any]) -> None:
+        chunks = [load_chunk(given, call, index) for index in indices]
+        between = made_again(chunks, on_chip.running[...])
+        for index, chunk, (found, write) in zip(indices, chunks, between, strict=True):
+            on_chip.between[index], on_chip.writes[call.rows_of(index), :] = found, write
+            on_chip.inverses[index] = chunk.inverse
+        on_chip.running[...] = outgoing(chunks[-1], *between[-1])
+
+    def back(indices: list[Any]) -> None:
+        indices = [call.chunks - 1 - index for index in indices]
+        chunks = [load_chunk(given, call, index, on_chip.inverses[index]) for index in indices]
+        d_state = on_chip.state[...]
+        for index, chunk in zip(indices, chunks, strict=True):
+            rows = call.rows_of(index)
+            write, upstream = on_chip.writes[rows, :], d_out[rows, :].astype(jnp.float32)
+            d = through_chunk(chunk, on_chip.between[index], write, upstream, d_state, call.scale)
+            d_state = d.before
+            _out(given, chunk, index, d, results, on_chip, call)
+        on_chip.state[...] = d_state
+
+    for_runs(call, again)
+    for_runs(call, back)
+
+
+def _out(
+    given: Operands, chunk: Chunk, index: Any, d: ChunkGradient, results: Gradients, on_chip: OnChip, call: Call
+) -> None:
+    """What a chunk's tokens owe the state and what they owe the read, added."""
+    rows = call.rows_of(index)
+    for raw, unit, by_unit, d_ready, scale, d_scale, result in (
+        (given.q, chunk.q, d.q, on_chip.queries, given.query_scale, on_chip.query_scale, results.q),
+        (given.k, chunk.k, d.k, on_chip.sums.keys, given.key_scale, on_chip.key_scale, results.k),
+    ):
+        x = raw[rows, :].astype(jnp.float32)
+        by_read, by_scale = _through_read_norm(x, scale[...], d_ready[rows, :], call.share)
+        d_scale[...] += by_scale
+        result[rows, :] = (through_norm(x, unit, by_unit) + by_read).astype(result.dtype)
+    results.v[rows, :] = (d.v + on_chip.sums.values[rows, :]).astype(results.v.dtype)
+    results.gates[index, 0:1, :], results.gates[index, 1:2, :] = d.beta, d.log_decay
 
 
 def _kernel(*refs: Any, call: Call) -> None:
@@ -197,7 +228,9 @@ def _scratch(call: Call, running: bool) -> OnChip:
     sums = Sums(*cache, floats(*keys), floats(*values), floats(1, call.block), floats(1, call.block))
     scales = floats(1, call.key_dim), floats(1, call.key_dim)
     prepared = prepared_scratch(call, running)._replace(scores=None)
-    return OnChip(floats(call.key_dim, call.value_dim), sums, floats(*keys), *scales, prepared)
+    state = call.key_dim, call.value_dim
+    again = floats(*state), floats(call.chunks, *state), floats(*values), floats(call.chunks, call.chunk, call.chunk)
+    return OnChip(floats(*state), sums, floats(*keys), *scales, prepared, *again)
 
 
 def run(call: Call, counts: Counts, given: Operands, kept: Kept, upstream: Upstream) -> Gradients:

@@ -25,6 +25,7 @@ from pallas_kernels.hola.layout import (
     Places,
     Prepared,
     cost,
+    for_runs,
     load_chunk,
     occupied,
     prepare,
@@ -57,24 +58,31 @@ class OnChip(NamedTuple):
     cache: Rows
     prepared: Prepared
     answer: Any  # [C, V] float32: of the state
+    norms: Any  # [m, 1, c] float32: of the writes
 
 
 def _through_state(given: Operands, on_chip: OnChip, call: Call) -> None:
     """Answers of the state and scores of a block, and the state behind it."""
-    state, scores = on_chip.state[...], on_chip.prepared.scores
-    for index, chunk in enumerate([load_chunk(given, call, index) for index in range(call.chunks)]):
-        rows = call.rows_of(index)
-        on_chip.answer[rows, :], write = answer(chunk, state)
-        if given.scores is None:
+
+    def run(indices: list[Any]) -> None:
+        state = on_chip.state[...]
+        for index, chunk in zip(indices, [load_chunk(given, call, i) for i in indices], strict=True):
+            on_chip.answer[call.rows_of(index), :], write = answer(chunk, state)
             score = norms(write)
             if call.residual:
                 beta = given.gates[index, 0:1, :]
                 score = score / jnp.where(beta > 0, beta, 1.0)
-            scores[:, rows] = score
-        state = outgoing(chunk, state, write)
-    on_chip.state[...] = state
+            on_chip.norms[index] = score
+            state = outgoing(chunk, state, write)
+        on_chip.state[...] = state
+
+    for_runs(call, run)
+    scores = on_chip.prepared.scores
     if given.scores is not None:
         scores[...] = given.scores[...]
+    else:
+        for index in range(call.chunks):
+            scores[:, index * call.chunk : (index + 1) * call.chunk] = on_chip.norms[index]
 
 
 def _read_and_merge(counts: Counts, given: Operands, tokens: Tokens, results: Results, on_chip: OnChip) -> None:
@@ -184,7 +192,13 @@ def run(call: Call, counts: Counts, given: Operands, save: bool) -> Results:
                 ),
             ),
             scratch_shapes=[
-                OnChip(pltpu.VMEM(state, jnp.float32), rows, prepared, pltpu.VMEM(values, jnp.float32)),
+                OnChip(
+                    pltpu.VMEM(state, jnp.float32),
+                    rows,
+                    prepared,
+                    pltpu.VMEM(values, jnp.float32),
+                    pltpu.VMEM((call.chunks, 1, call.chunk), jnp.float32),
+                ),
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),

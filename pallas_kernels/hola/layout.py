@@ -57,9 +57,14 @@ class Call(NamedTuple):
     def per_head(self) -> tuple[int, int]:
         return self.batch, self.heads
 
-    def rows_of(self, chunk: int) -> slice:
+    @property
+    def run(self) -> int:
+        """Chunks that are made at once: their inverses wait for each other's products, not for a state."""
+        return 2 if self.chunks % 2 == 0 else 1
+
+    def rows_of(self, chunk: Any) -> Any:
         """The tokens of one chunk in a block."""
-        return slice(chunk * self.chunk, (chunk + 1) * self.chunk)
+        return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk), self.chunk)
 
 
 class Counts(NamedTuple):
@@ -107,11 +112,21 @@ class Prepared(NamedTuple):
     scores: Any  # [1, C]
 
 
-def load_chunk(given: Operands, call: Call, index: int) -> Chunk:
+def load_chunk(given: Operands, call: Call, index: Any, inverse: Array | None = None) -> Chunk:
     """The delta rule's matrices of one chunk."""
     rows = call.rows_of(index)
     own = None if given.own is None else given.own[index]
-    return load(given.q[rows, :], given.k[rows, :], given.v[rows, :], given.gates[index], own, call.scale, True)
+    tokens = given.q[rows, :], given.k[rows, :], given.v[rows, :]
+    return load(*tokens, given.gates[index], own, call.scale, True, inverse)
+
+
+def for_runs(call: Call, body: Callable[[list[Any]], None]) -> None:
+    """Calls `body` with the chunks of each run of a block: a loop on the chip, so that one run's matrices live at a time."""
+
+    def step(run: Any, nothing: None) -> None:
+        body([run * call.run + index for index in range(call.run)])
+
+    lax.fori_loop(0, call.chunks // call.run, step, None)
 
 
 def read_factor(x: Array, share: float) -> Array:

@@ -12,14 +12,16 @@ def vmem_bytes(call: Call, running: bool) -> int:
     """An upper estimate of what the larger of the two kernels, the backward one, holds on the chip."""
     keys, values, state = call.block * call.key_dim, call.block * call.value_dim, call.key_dim * call.value_dim
     width, item = call.key_dim + call.value_dim, jnp.dtype(call.dtype).itemsize
-    by_key = item if call.group == 1 else 4
+    by_key, square = item if call.group == 1 else 4, call.chunk * max(call.chunk, 128)
     tokens = item * (2 * keys + 3 * values) + by_key * 2 * keys
-    rows = call.window * width * item
-    piped = 2 * (tokens + 3 * 4 * state + 3 * rows + (2 * item * (keys + values) if running else 0))
-    kept = 4 * (state + 2 * keys + values + call.window * width) + item * (2 * keys + values)
-    chunks = 4 * (5 * keys + 2 * values + call.chunks * (state + 8 * call.chunk * call.chunk))
-    tables = 4 * 3 * (call.block * min(call.block, 128) + call.window * (call.window + call.block))
-    return piped + kept + chunks + tables
+    earlier = item * (2 * keys + 2 * values) if running else 0
+    piped = 2 * (tokens + 3 * 4 * state + 3 * item * call.window * width + earlier)
+    kept = 4 * ((2 + call.chunks) * state + 2 * keys + 2 * values + call.window * width + call.chunks * square)
+    kept += item * (2 * keys + (values if running else 0))
+    made = 4 * call.run * (call.chunk * (7 * call.key_dim + 5 * call.value_dim) + 10 * square)
+    tables = 4 * 6 * min(call.block, 128) * (call.block + call.window)
+    tables += 2 * item * call.window * (call.window + call.block)
+    return piped + kept + made + tables
 
 
 def refuse_sizes(call: Call, key_dim: int, value_dim: int, running: bool) -> None:

@@ -50,7 +50,7 @@ def fused_phases(piece, params, config, state, fresh, axis, implementation):
         documents=piece.documents if piece.several else None,
         start=start,
         whole=whole,
-        interpret=True,
+        interpret=implementation == "interpret",
     )
     cache = found.cache if piece.several else found.cache._replace(document=document)
     after = _state_after(piece, found.scores, positions, Kept(*cache), whole, count, config, state)

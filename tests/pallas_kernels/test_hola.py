@@ -80,7 +80,12 @@ def compare(config, arrays, segments, state=None, atol=2e-5, grad_atol=1e-4):
         assert_close(a, b, grad_atol * max(1.0, np.abs(b).max()), name)
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("one document", "bfloat16")  # each compiles two programs, forward and backward
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_outputs_state_and_gradients_are_those_of_xla(fused, name):
     case = {
         "config": CONFIG,
@@ -110,6 +115,7 @@ def test_extreme_gates_repeated_keys_and_keys_of_zeros(fused, gate, beta):
     compare(CONFIG, [q, k, v, *gates], None)
 
 
+@pytest.mark.slow
 def test_a_closed_gate_leaves_the_delta_rule_and_no_gradient_of_the_read(fused):
     closed = PARAMS._replace(gate_logit=jnp.full(2, -jnp.inf))
     arrays = inputs(3, 12)
@@ -126,6 +132,7 @@ def test_a_closed_gate_leaves_the_delta_rule_and_no_gradient_of_the_read(fused):
     assert np.all(np.isfinite(gradient.gate)) and np.any(gradient.gate)
 
 
+@pytest.mark.slow
 def test_one_document_does_not_touch_another(fused):
     """Bit for bit, in outputs and gradients."""
     arrays, segments = inputs(4), jnp.asarray(SEGMENTS)
@@ -142,6 +149,7 @@ def test_one_document_does_not_touch_another(fused):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_nothing_is_read_before_it_is_written_on_a_simulated_chip():
     """Scratch memory and outputs start as NaN there."""
     arrays, learned = inputs(5, 12), Learned(PARAMS.query_scale, PARAMS.key_scale, PARAMS.sink_logit, jnp.ones(2))
