@@ -191,8 +191,8 @@ def row(case: Case, chip: Topology) -> str:
     )
 
 
-HEAD = """| program | pass | chip | calls MB | of floor | floor MB | program MB | GFLOP | floor GFLOP | temporary MiB | compiled in s |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = ("program", "pass", "chip", "calls MB", "of floor", "floor MB", "program MB", "GFLOP", "floor GFLOP")
+COLUMNS += ("temporary MiB", "compiled in s")
 
 
 def main() -> None:
@@ -211,7 +211,7 @@ def main() -> None:
         sys.exit(f"no table: {error}")
     sizes = f"H={H} K={K} V={V} W={CONFIG.window} C={CONFIG.block}, bfloat16"
     print(f"B={options.rows} T={options.tokens} {sizes}; one token: B={options.decode_rows}. jax {jax.__version__}\n")
-    print(HEAD, flush=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for case in (*sequences(options.rows, options.tokens), *decoding(options.decode_rows)):
         if not options.only or case.name in options.only:
             for chip in chips:

@@ -276,10 +276,16 @@ print("temporary", compiled.memory_analysis().temp_size_in_bytes)
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles, is not installed")
 @pytest.mark.parametrize(
-    ("dtype", "width", "key_heads", "continued"),
-    [("bfloat16", 256, 4, "fresh"), ("bfloat16", 128, 2, "continued"), ("bfloat16", 64, 4, "fresh")],
+    ("topology", "dtype", "width", "key_heads", "continued"),
+    [
+        ("v5e:2x2", "bfloat16", 256, 4, "fresh"),
+        ("v5p:2x2x1", "bfloat16", 256, 4, "fresh"),
+        ("v6e:2x2", "bfloat16", 256, 4, "fresh"),
+        ("v5e:2x2", "float32", 256, 4, "continued"),
+        ("v5e:2x2", "bfloat16", 128, 2, "continued"),
+        ("v5e:2x2", "bfloat16", 64, 4, "fresh"),
+    ],
 )
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_both_kernels_compile_within_the_default_limit(topology, dtype, width, key_heads, continued):
     """In a process of its own: libtpu is loaded once and reads the environment."""
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

@@ -176,10 +176,16 @@ assert memory.temp_size_in_bytes < large // 16, memory.temp_size_in_bytes
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles, is not installed")
 @pytest.mark.parametrize(
-    ("dtype", "width", "key_heads"),
-    [("bfloat16", 256, 4), ("float32", 256, 4), ("bfloat16", 128, 2), ("bfloat16", 64, 4)],
+    ("topology", "dtype", "width", "key_heads"),
+    [
+        ("v5e:2x2", "bfloat16", 256, 4),
+        ("v5p:2x2x1", "bfloat16", 256, 4),
+        ("v6e:2x2", "bfloat16", 256, 4),
+        ("v5e:2x2", "float32", 256, 4),
+        ("v5e:2x2", "bfloat16", 128, 2),
+        ("v5e:2x2", "bfloat16", 64, 4),
+    ],
 )
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_it_compiles_and_changes_the_memory_in_place(topology, dtype, width, key_heads):
     """In a process of its own: libtpu is loaded once and reads the environment."""
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
