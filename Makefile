@@ -9,7 +9,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 TYPED := $(wildcard hola_jax train pallas_kernels)
 
-.PHONY: help setup test lint unit oldest format demo bench-cpu clean
+.PHONY: help setup test lint unit oldest format demo bench-cpu bench-tpu-compile clean
 .NOTPARALLEL:
 
 help: ## what there is
@@ -49,6 +49,9 @@ demo: setup ## train a small HOLA and a small Gated DeltaNet and compare them
 
 bench-cpu: setup ## time the memory against its peers on one core
 	$(BIN)/python benchmarks/cpu.py
+
+bench-tpu-compile: setup ## what the TPU kernels move and hold, compiled by libtpu without a TPU
+	$(BIN)/python benchmarks/tpu_compile.py
 
 clean: ## remove caches and builds, not the environments
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
