@@ -47,14 +47,10 @@ def delta_rule(
     belongs to `initial_document` [B] (0: to none). `out_dtype` is v's where not given;
     `interpret` is True, or pltpu.InterpretParams, where there is no TPU.
     """
-    _refuse(q, k, v, beta, log_decay, interpret)
+    _refuse(q, k, v, log_decay, interpret)
+    refuse_shapes(q, k, v, beta, log_decay, documents, initial, initial_document, magnitude)
     batch, length, heads, value_dim = v.shape
     key_heads, key_dim = k.shape[2:]
-    _refuse_shape("documents", documents, (batch, length))
-    _refuse_shape("initial", initial, (batch, heads, key_dim, value_dim))
-    _refuse_shape("initial_document", initial_document, (batch,))
-    if magnitude not in (None, "surprise", "residual"):
-        raise ValueError(f'magnitude is {magnitude!r}, want "surprise", "residual" or None')
     if magnitude == "residual":
         beta = jnp.maximum(beta, 1e-30)  # e = write / beta needs a write: one too small to be seen in S
     if documents is not None:
@@ -114,10 +110,30 @@ def _apply_backward(
 _apply.defvjp(_apply_forward, _apply_backward)
 
 
-def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array, interpret: Any) -> None:
+def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, interpret: Any) -> None:
     """Says what cannot run before anything is compiled."""
     if log_decay.ndim == 4:
         raise NotImplementedError("the Pallas delta rule takes one decay per token and head, not one per key channel")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype.name not in DTYPES:
+            raise NotImplementedError(f"{name} is {x.dtype}; the Pallas delta rule takes bfloat16 and float32")
+    for name, width in (("K", k.shape[3]), ("V", v.shape[3])):
+        if width not in WIDTHS and not interpret:
+            raise NotImplementedError(f"{name} is {width}; the Pallas delta rule takes 64, 128 or 256")
+
+
+def refuse_shapes(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array,
+    documents: jax.Array | None,
+    initial: jax.Array | None,
+    initial_document: jax.Array | None,
+    magnitude: str | None,
+) -> None:
+    """Says what does not fit together."""
     batch, length, heads, value_dim = v.shape
     if q.shape != k.shape or k.shape[:2] != (batch, length) or heads % k.shape[2]:
         raise ValueError(
@@ -127,12 +143,11 @@ def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay
         raise ValueError("the Pallas delta rule needs at least one token")
     _refuse_shape("beta", beta, (batch, length, heads))
     _refuse_shape("log_decay", log_decay, (batch, length, heads))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype.name not in DTYPES:
-            raise NotImplementedError(f"{name} is {x.dtype}; the Pallas delta rule takes bfloat16 and float32")
-    for name, width in (("K", k.shape[3]), ("V", value_dim)):
-        if width not in WIDTHS and not interpret:
-            raise NotImplementedError(f"{name} is {width}; the Pallas delta rule takes 64, 128 or 256")
+    _refuse_shape("documents", documents, (batch, length))
+    _refuse_shape("initial", initial, (batch, heads, k.shape[3], value_dim))
+    _refuse_shape("initial_document", initial_document, (batch,))
+    if magnitude not in (None, "surprise", "residual"):
+        raise ValueError(f'magnitude is {magnitude!r}, want "surprise", "residual" or None')
 
 
 def _refuse_shape(name: str, x: jax.Array | None, shape: tuple[int, ...]) -> None:
