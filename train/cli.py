@@ -12,6 +12,7 @@ import tyro
 from train.config import RunError
 from train.data.prepare import Prepare
 from train.demo import Demo
+from train.evaluate import Evaluate
 
 
 class Command(Protocol):
@@ -68,7 +69,13 @@ class Plan:
             sys.exit(code)
 
 
-VERBS: dict[str, Callable[..., Command]] = {"train": Train, "plan": Plan, "demo": Demo, "prepare": Prepare}
+VERBS: dict[str, Callable[..., Command]] = {
+    "train": Train,
+    "plan": Plan,
+    "eval": Evaluate,
+    "demo": Demo,
+    "prepare": Prepare,
+}
 
 
 def said_in_a_line(action: Callable[[], object]) -> None:
