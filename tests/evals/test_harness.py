@@ -86,7 +86,7 @@ def test_the_running_text_is_theirs():
 def test_multiple_choice_goes_to_the_likelier(tmp_path):
     lines = [
         {"q": "sky", "choices": ["blue", "green"], "right": 0},
-        {"q": "grass", "choices": ["red", "green"], "right": 1},
+        {"q": "grass", "choices": ["red", "green"], "right": 0},
     ]
 
     def likely(row):
@@ -104,7 +104,8 @@ def test_multiple_choice_goes_to_the_likelier(tmp_path):
     )
     adapter = HarnessModel(Told(likely=likely), BYTES, window=64)
     assert (
-        evaluated(adapter, tmp_path, **task)["acc,none"] == 0.5
+        evaluated(adapter, tmp_path, **task)["acc,none"]
+        == 0.5  # blue, the shorter of two likely ones; and green, which is wrong
     )  # "green" and "blue" tie where both are choices: blue is shorter
 
 
@@ -121,13 +122,13 @@ def test_text_is_generated_until_a_stop(tmp_path):
         [{"q": "six by seven", "a": "forty-two"}, {"q": "five", "a": "five"}],
         output_type="generate_until",
         doc_to_text="Q: {{q}}\nA:",
-        doc_to_target=" {{a}}",
+        doc_to_target="{{a}}",
         generation_kwargs={"until": ["\n"], "max_gen_toks": 20, "do_sample": False},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         filter_list=[{"name": "none", "filter": [{"function": "remove_whitespace"}]}],
     )
     adapter = HarnessModel(Told(answer), BYTES, window=64)
-    assert evaluated(adapter, tmp_path, **task)["exact_match,none"] in (0.0, 0.5)
+    assert evaluated(adapter, tmp_path, **task)["exact_match,none"] == 0.5
     assert sorted(asked) == ["Q: five\nA:", "Q: six by seven\nA:"]
 
 
