@@ -7,9 +7,11 @@ PYTHON ?=
 PYTEST ?= -n 2 --dist loadfile --max-worker-restart 0
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+LM_EVAL := .venv-lm-eval/bin
+TORCH ?= torch==2.13.0
 TYPED := $(wildcard hola_jax train pallas_kernels)
 
-.PHONY: help setup test lint unit oldest format demo bench-cpu bench-tpu-compile clean
+.PHONY: help setup test lint unit oldest test-lm-eval format demo bench-cpu bench-tpu-compile clean
 .NOTPARALLEL:
 
 help: ## what there is
@@ -39,6 +41,13 @@ oldest: setup ## the laws on Python 3.11 and the oldest jax, where Python 3.11 i
 	    3) echo "oldest: no Python 3.11 here, so the laws ran on .venv's Python alone" ;; \
 	    *) exit $$status ;; \
 	esac
+
+# Apart from `make test`, which never downloads torch: lm-eval wants it. TORCH=... names another build or a wheel.
+test-lm-eval: ## the adapter to the lm-eval package, in an environment of its own (downloads torch)
+	@PYTHON= sh tools/setup.sh .venv-lm-eval 3.11 3.12 3.13
+	$(LM_EVAL)/python -c 'import torch' 2>/dev/null || $(LM_EVAL)/python -m pip install --quiet $(TORCH)
+	$(LM_EVAL)/python -c 'import lm_eval' 2>/dev/null || $(LM_EVAL)/python -m pip install --quiet -c constraints.txt 'lm_eval'
+	$(LM_EVAL)/python -m pytest tests/evals/test_harness.py -n 0
 
 format: setup ## rewrite the sources as ruff likes them
 	$(BIN)/python -m ruff check --fix

@@ -12,6 +12,7 @@ import tyro
 from train.config import RunError
 from train.data.prepare import Prepare
 from train.demo import Demo
+from train.evaluate import Evaluate
 from train.generate import Generate
 from train.serve import Serve
 
@@ -73,10 +74,11 @@ class Plan:
 VERBS: dict[str, Callable[..., Command]] = {
     "train": Train,
     "plan": Plan,
-    "demo": Demo,
     "prepare": Prepare,
     "generate": Generate,
     "serve": Serve,
+    "eval": Evaluate,
+    "demo": Demo,
 }
 
 

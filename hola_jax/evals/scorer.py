@@ -1,0 +1,224 @@
+"""What an evaluation asks of a model, and a model that answers: log-probabilities of given tokens, and greedy continuations.
+
+`ModelScorer` needs nothing but the model's own call: rows go through it in pieces of fixed length with the state handed on,
+so neither memory nor the number of compiled programs grows with the length of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from hola_jax.array_types import Array
+from hola_jax.config import ModelConfig
+from hola_jax.model import LanguageModel, Params, State, init_state
+
+Done = Callable[[int], None]  # told how many rows are finished since the last time
+Until = Callable[[int, np.ndarray], bool]  # (number of the prompt, its tokens so far): whether they are enough
+
+SHORTEST = 32  # tokens of a piece
+DECODED = 32  # tokens that are decoded between two looks at whether they are enough
+
+
+class Scored(NamedTuple):
+    """Of a row of n tokens: what the model made of each token but the first, given those before it."""
+
+    logprob: np.ndarray  # float32 [n - 1]
+    greedy: np.ndarray  # bool [n - 1]: whether it was the likeliest
+
+
+class Scorer(Protocol):
+    """All that an evaluation asks of a model."""
+
+    vocab_size: int
+    longest: int | None
+    """Tokens that a row may have; None: any number."""
+
+    def loglikelihood(self, rows: Sequence[np.ndarray], done: Done = ...) -> list[Scored]: ...
+
+    def greedy(
+        self, prompts: Sequence[np.ndarray], max_tokens: int, until: Until | None = None, done: Done = ...
+    ) -> list[np.ndarray]: ...
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+class ModelScorer:
+    """A language model as a Scorer.
+
+    piece        tokens of a row that go through the model at a time
+    batch_tokens tokens of all rows that do
+    head_tokens  tokens whose logits exist at a time
+    """
+
+    def __init__(
+        self, model: LanguageModel, *, piece: int = 1024, batch_tokens: int = 8192, head_tokens: int = 1024
+    ) -> None:
+        for name, value, least in (
+            ("piece", piece, SHORTEST),
+            ("batch_tokens", batch_tokens, 1),
+            ("head_tokens", head_tokens, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        self.config: ModelConfig = model.config
+        self.vocab_size = model.config.vocab_size
+        self.longest = model.config.max_length if model.config.mixer == "transformer" else None
+        self.piece, self.batch_tokens = piece, batch_tokens
+        structure, params = nnx.split(model)
+        self.params: Params = nnx.to_pure_dict(params)
+        self._score = jax.jit(partial(_score, structure, head_tokens))
+        self._prefill = jax.jit(partial(_prefill, structure))
+        self._decode = jax.jit(partial(_decode, structure))
+
+    def loglikelihood(self, rows: Sequence[np.ndarray], done: Done = _ignore) -> list[Scored]:
+        """For each row of at least two tokens, its tokens after the first, scored."""
+        self._check(rows, least=2, more=0)
+        found: dict[int, Scored] = {}
+        for numbers, pieces, size in self._batches([len(row) - 1 for row in rows]):
+            state, parts = init_state(self.config, size), []
+            for start, length in pieces:
+                tokens = _padded([rows[n][:-1][start : start + length] for n in numbers], size, length)
+                targets = _padded([rows[n][1:][start : start + length] for n in numbers], size, length)
+                part, state = self._score(self.params, tokens, targets, state)
+                parts.append(part)
+            logprob, greedy = (np.concatenate([np.asarray(part[n]) for part in parts], axis=1) for n in range(2))
+            for place, n in enumerate(numbers):
+                kept = slice(0, len(rows[n]) - 1)
+                found[n] = Scored(logprob[place, kept], greedy[place, kept])
+            done(len(numbers))
+        return [found[n] for n in range(len(rows))]
+
+    def greedy(
+        self, prompts: Sequence[np.ndarray], max_tokens: int, until: Until | None = None, done: Done = _ignore
+    ) -> list[np.ndarray]:
+        """The likeliest continuation of each prompt: `max_tokens` tokens, or fewer where `until` says so."""
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        self._check(prompts, least=1, more=max_tokens)
+        found: dict[int, np.ndarray] = {}
+        for numbers, pieces, size in self._batches([len(prompt) for prompt in prompts]):
+            token, state = self._read([prompts[n] for n in numbers], pieces, size)
+            tokens = np.asarray(token)[:, None]
+            while tokens.shape[1] < max_tokens and not _enough(until, numbers, tokens):
+                more, state = self._decode(self.params, tokens[:, -1], state)
+                tokens = np.concatenate([tokens, np.asarray(more)], axis=1)
+            found |= {n: tokens[place, :max_tokens] for place, n in enumerate(numbers)}
+            done(len(numbers))
+        return [found[n] for n in range(len(prompts))]
+
+    def _read(self, prompts: list[np.ndarray], pieces: list[tuple[int, int]], size: int) -> tuple[Array, State]:
+        """(the token after each prompt, the state there); the rows beyond the prompts are of no meaning."""
+        state, token = init_state(self.config, size), jnp.zeros(size, jnp.int32)
+        lengths = np.array([len(prompt) for prompt in prompts] + [1] * (size - len(prompts)), np.int32)
+        for start, length in pieces:
+            tokens = _padded([prompt[start : start + length] for prompt in prompts], size, length)
+            real = np.arange(start, start + length)[None] < lengths[:, None]
+            segments = None if real.all() else real.astype(np.int32)
+            token, state = self._prefill(self.params, tokens, segments, state, token, lengths - 1 - start)
+        return token, state
+
+    def _batches(self, lengths: list[int]) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
+        """(numbers of rows of about one length, (start, length) of the pieces they go through, rows of the batch)."""
+        order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+        while order:
+            pieces = self._pieces(lengths[order[0]])
+            most = max(1, self.batch_tokens // pieces[0][1])
+            numbers, order = order[:most], order[most:]
+            yield numbers, pieces, min(most, 1 << (len(numbers) - 1).bit_length())
+
+    def _pieces(self, length: int) -> list[tuple[int, int]]:
+        """Whole pieces, and a last one of one of a few lengths: each length is a program to compile."""
+        whole, rest = divmod(length, self.piece)
+        pieces = [(n * self.piece, self.piece) for n in range(whole)]
+        if rest:
+            sizes = sorted(SHORTEST * factor * 2**n // 2 for n in range(20) for factor in (2, 3))
+            fitting = next(size for size in sizes if size >= rest)
+            pieces.append((whole * self.piece, min(fitting, self.piece)))
+        return pieces
+
+    def _check(self, rows: Sequence[np.ndarray], least: int, more: int) -> None:
+        for number, row in enumerate(rows):
+            if len(row) < least:
+                raise ValueError(f"row {number} has {len(row)} tokens; it must have at least {least}")
+            if self.longest is not None and len(row) + more > self.longest:
+                raise ValueError(
+                    f"row {number} has {len(row)} tokens{f' and {more} to generate' if more else ''}, and this "
+                    f"{self.config.mixer} holds {self.longest} (max_length); ask for shorter ones"
+                )
+            if row.min() < 0 or row.max() >= self.vocab_size:
+                raise ValueError(
+                    f"row {number} has the token {row.min() if row.min() < 0 else row.max()}; the model's vocabulary has "
+                    f"{self.vocab_size}"
+                )
+
+
+def _padded(rows: list[np.ndarray], size: int, length: int) -> np.ndarray:
+    tokens = np.zeros((size, length), np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = row
+    return tokens
+
+
+def _enough(until: Until | None, numbers: list[int], tokens: np.ndarray) -> bool:
+    return until is not None and all(until(n, tokens[place]) for place, n in enumerate(numbers))
+
+
+def _score(
+    structure: Any, head_tokens: int, params: Params, tokens: Array, targets: Array, state: State
+) -> tuple[tuple[Array, Array], State]:
+    """((logprob, greedy) [B, T] of the targets, the state after the tokens). Padding stands at the end, unseen."""
+    model = nnx.merge(structure, params)
+    hidden, state = model.hidden(tokens, state=state)
+    count = tokens.size
+    size = min(head_tokens, count)
+
+    def in_parts(x: Array) -> Array:
+        x = x.reshape(count, *x.shape[2:])
+        x = jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, size, *x.shape[1:])
+
+    def part(hidden_and_targets: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = hidden_and_targets
+        logits = model.head(hidden)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == targets
+
+    found = lax.map(part, (in_parts(hidden), in_parts(targets)))
+    logprob, greedy = (x.reshape(-1)[:count].reshape(tokens.shape) for x in found)
+    return (logprob, greedy), state
+
+
+def _prefill(
+    structure: Any, params: Params, tokens: Array, segments: Array | None, state: State, token: Array, last: Array
+) -> tuple[Array, State]:
+    """(`token`, in rows whose last token, at place `last`, is among these: the likeliest after it; the state)."""
+    model = nnx.merge(structure, params)
+    hidden, state = model.hidden(tokens, segments, state)
+    here = (last >= 0) & (last < tokens.shape[1])
+    at_last = jnp.take_along_axis(hidden, jnp.clip(last, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    likeliest = jnp.argmax(model.head(at_last), axis=1).astype(jnp.int32)
+    return jnp.where(here, likeliest, token), state
+
+
+def _decode(structure: Any, params: Params, token: Array, state: State) -> tuple[Array, State]:
+    """(the next `DECODED` likeliest tokens after `token` [B, DECODED], the state)."""
+    model = nnx.merge(structure, params)
+
+    def step(carry: tuple[Array, State], _: None) -> tuple[tuple[Array, State], Array]:
+        token, state = carry
+        hidden, state = model.hidden(token[:, None], state=state)
+        token = jnp.argmax(model.head(hidden[:, 0]), axis=1).astype(jnp.int32)
+        return (token, state), token
+
+    (_, state), tokens = lax.scan(step, (token, state), None, length=DECODED)
+    return tokens.T, state
