@@ -9,7 +9,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 TYPED := $(wildcard hola_jax train pallas_kernels)
 
-.PHONY: help setup test lint unit oldest format demo bench-cpu clean
+.PHONY: help setup test lint unit oldest format demo bench-cpu bench-gpu-compile clean
 .NOTPARALLEL:
 
 help: ## what there is
@@ -51,6 +51,15 @@ demo: setup ## train a small HOLA and a small Gated DeltaNet and compare them
 
 bench-cpu: setup ## time the memory against its peers on one core
 	$(BIN)/python benchmarks/cpu.py
+
+# JAX's CUDA plugin compiles for a GPU that is not there, and needs none of the CUDA packages it depends on for that.
+bench-gpu-compile: ## registers, spills and bytes of the GPU kernels, compiled for an H200
+	@PYTHON="$(PYTHON)" sh tools/setup.sh .venv-gpu-compile 3.13 3.12 3.11 3.14 3.15
+	@set -e; python=.venv-gpu-compile/bin/python; version=$$($$python -c 'import jax; print(jax.__version__)'); \
+	$$python -c "import importlib.metadata as m, sys; sys.exit(m.version('jax-cuda13-plugin') != '$$version')" 2>/dev/null || \
+	    $$python -m pip --disable-pip-version-check install --quiet --no-deps \
+	        jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	.venv-gpu-compile/bin/python benchmarks/gpu_compile.py
 
 clean: ## remove caches and builds, not the environments
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
