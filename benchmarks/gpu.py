@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def read_alone(window: int) -> Callable[..., Any]:
 # exact: against float64
 
 
-def exact_memory(inputs: Inputs, window: int, block: int) -> np.ndarray:
+def exact_memory(inputs: Sequence[Any], window: int, block: int) -> np.ndarray:
     """One row of a batch, token by token in float64, with the score "recency": the cache is the last W tokens of the
     blocks before. The scales are 1, sink logit and gate logit 0."""
     q, k, v, beta, decay = (np.asarray(x, np.float64)[0] for x in inputs)
@@ -140,11 +140,15 @@ def exact_memory(inputs: Inputs, window: int, block: int) -> np.ndarray:
     return out
 
 
-def errors(implementation: str, heads: int, width: int, tokens: int, block: int, window: int, seed: int) -> tuple[float, float]:
+def errors(
+    implementation: str, heads: int, width: int, tokens: int, block: int, window: int, seed: int
+) -> tuple[float, float]:
     """Of the outputs, and of the gradient along one random direction, which float64 has by a central difference: both
     relative to the root mean square of what is right. Inputs are rounded to bfloat16 before both."""
     draw = np.random.default_rng(seed)
-    inputs = tuple(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in made_inputs(1, tokens, heads, width, seed))
+    inputs = tuple(
+        np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in made_inputs(1, tokens, heads, width, seed)
+    )
     weights = draw.normal(size=inputs[2].shape)
     way = [draw.normal(size=x.shape) * x.std() for x in inputs[:3]]
     config = MemoryConfig(window=window, block=block, chunk=min(CHUNK, block), score="recency")
@@ -229,28 +233,33 @@ def triton_peer(inputs: Inputs) -> float:
     return statistics.median(times)
 
 
+def contenders(inputs: Inputs) -> dict[str, Callable[[], float]]:
+    """Each gives its seconds, or fails with the reason why it is not here."""
+    placed: Any = tuple(jnp.asarray(x, jnp.bfloat16 if i < 3 else jnp.float32) for i, x in enumerate(inputs))
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=inputs[2].shape), jnp.float32)
+    found: dict[str, Callable[[], float]] = {}
+
+    def add(title: str, make: Callable[..., Callable[..., Any]], *how: Any) -> None:
+        found[title] = lambda: forward_backward(make(*how), placed, weights)
+
+    for name in IMPLEMENTATIONS:
+        add(f"GDN {name}", gated_delta_net, name)
+        for window in WINDOWS:
+            add(f"HOLA {name} W={window}", hola, name, window)
+    for window in WINDOWS:
+        add(f"read alone, Mosaic W={window}", read_alone, window)
+    found["GDN fla (Triton)"] = lambda: triton_peer(inputs)
+    return found
+
+
 def show_memory(options: argparse.Namespace) -> None:
     """Every contender on each shape, then the ratios that the targets are about."""
     for batch, tokens in options.shapes:
-        inputs = made_inputs(batch, tokens, options.heads, options.width, 0)
-        placed: Any = tuple(jnp.asarray(x, jnp.bfloat16 if i < 3 else jnp.float32) for i, x in enumerate(inputs))
-        weights = jnp.asarray(np.random.default_rng(1).normal(size=inputs[2].shape), jnp.float32)
-        contenders: dict[str, Callable[[], float]] = {}
-        for name in IMPLEMENTATIONS:
-            runs = {f"GDN {name}": gated_delta_net(name)}
-            runs |= {f"HOLA {name} W={window}": hola(name, window) for window in WINDOWS}
-            for title, run in runs.items():
-                contenders[title] = lambda run=run: forward_backward(run, placed, weights)  # type: ignore[misc]
-        for window in WINDOWS:
-            contenders[f"read alone, Mosaic W={window}"] = lambda window=window: forward_backward(  # type: ignore[misc]
-                read_alone(window), placed, weights
-            )
-        contenders["GDN fla (Triton)"] = lambda: triton_peer(inputs)
         print(f"\nforward + backward, B={batch} T={tokens} H={options.heads} K=V={options.width}, milliseconds")
         took: dict[str, float] = {}
-        for title, measure_one in contenders.items():
+        for title, run in contenders(made_inputs(batch, tokens, options.heads, options.width, 0)).items():
             try:
-                took[title] = measure_one()
+                took[title] = run()
                 print(f"  {title:28} {1e3 * took[title]:9.3f}", flush=True)
             except Exception as error:  # the others are measured all the same
                 print(f"  {title:28} {said(error)}", flush=True)
@@ -271,7 +280,9 @@ def ratios(took: dict[str, float], rows: int | None) -> list[str]:
             if all_of_it := took.get(f"HOLA {name} W={window}"):
                 lines.append(f"HOLA W={window} / GDN, {name} = {all_of_it / own:.2f} (target: at most {most})")
         if rows is not None:
-            lines.append(f"GDN {name} / floor at 790 TFLOP/s = {own * REACHED / (rows * FLOOR_FLOPS):.1f} (target: at most 3)")
+            lines.append(
+                f"GDN {name} / floor at 790 TFLOP/s = {own * REACHED / (rows * FLOOR_FLOPS):.1f} (target: at most 3)"
+            )
     return lines
 
 
@@ -285,7 +296,7 @@ def copy_bandwidth(size: int) -> float:
     return 2 * x.size * 4 / seconds(lambda: call(x))
 
 
-def decoding(name: str, batch: int, position: int, options: argparse.Namespace) -> tuple[float, int]:
+def decoding(name: str, batch: int, position: int) -> tuple[float, int]:
     """(seconds of a token, bytes that it has to move): the parameters once, and the state of each row once. The position
     says how long the context was; a state has no other trace of its length."""
     config = dataclasses.replace(preset(name), implementation=None)
@@ -315,11 +326,11 @@ def show_decoding(options: argparse.Namespace) -> None:
     print(f"\ndecoding: a copy moves {bandwidth / 1e12:.2f} TB/s")
     for model in (m for m in options.models.split(",") if m in ("hola", "gdn")):
         for batch in options.decode_batches:
-            near, moved = decoding(f"{model}-{options.preset}", batch, 2048, options)
-            far, _ = decoding(f"{model}-{options.preset}", batch, 131072, options)
+            near, moved = decoding(f"{model}-{options.preset}", batch, 2048)
+            far, _ = decoding(f"{model}-{options.preset}", batch, 131072)
             print(
-                f"  {model:5} B={batch:<4} {1e3 * near:8.3f} ms, {moved / 2**20:8.0f} MiB, {moved / near / bandwidth:6.1%} of "
-                f"the copy (target: at least 60%); at 128k tokens {far / near - 1:+.1%} (target: at most 2%)",
+                f"  {model:5} B={batch:<4} {1e3 * near:8.3f} ms, {moved / 2**20:8.0f} MiB, {moved / near / bandwidth:6.1%} "
+                f"of the copy (target: at least 60%); at 128k tokens {far / near - 1:+.1%} (target: at most 2%)",
                 flush=True,
             )
 

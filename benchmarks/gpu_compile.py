@@ -152,7 +152,7 @@ def rows(operation: Operation, place: Any, ptxas: str | None) -> list[list[str]]
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         with quiet():
             program = jax.jit(operation.call).lower(*arrays).compile()
-        moved = moved_by_kernel(program.as_text())
+        moved = moved_by_kernel(program.as_text() or "")
         assert moved, f"no Mosaic kernel in {operation.name}"
         found = []
         for name, size in moved.items():
@@ -161,7 +161,7 @@ def rows(operation: Operation, place: Any, ptxas: str | None) -> list[list[str]]
             found.append([operation.name, name, *(ABSENT if n is None else f"{n:,}" for n in counts)])
             found[-1] += [f"{size / 2**20:.1f}", f"{work.floor_bytes / 2**20:.1f}" if work else ABSENT]
             found[-1] += [f"{n / 1e9:.1f}" for n in (work.flops, work.floor_flops)] if work else [ABSENT, ABSENT]
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     print(f"{operation.name}: {memory.temp_size_in_bytes / 2**20:.0f} MiB of temporary memory", file=sys.stderr)
     return found
 
@@ -186,7 +186,9 @@ TITLES = ["operation", "kernel", "registers", "spilled", "shared", "MiB", "floor
 def table(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [TITLES, *lines]) for i in range(len(TITLES))]
     return "\n".join(
-        "  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in [TITLES, *lines]
     )
 

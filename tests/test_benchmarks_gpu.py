@@ -29,8 +29,9 @@ def test_ratios_of_what_was_measured():
     assert f"GDN pallas / floor at 790 TFLOP/s = {1e-3 / floor:.1f} (target: at most 3)" in lines
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_named_and_the_rest_is_measured(capsys):
-    gpu.main("--parts memory --width 16 --heads 1 --shapes 1x64".split())
+    gpu.main(["--parts=memory", "--width=16", "--heads=1", "--shapes=1x64"])
     printed = capsys.readouterr().out
     assert "GDN fla (Triton)             not here: ModuleNotFoundError" in printed
     assert "HOLA W=64 / GDN, xla = " in printed
@@ -39,7 +40,7 @@ def test_what_cannot_run_is_named_and_the_rest_is_measured(capsys):
 
 @pytest.mark.parametrize(("read", "text"), [(gpu.shapes, "16"), (gpu.shapes, "0x4"), (gpu.chosen_parts, "memry")])
 def test_options_that_are_wrong_say_what_is_right(read, text):
-    with pytest.raises(argparse.ArgumentTypeError, match="write BATCHxTOKENS|the parts are exact"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"write BATCHxTOKENS|the parts are exact"):
         read(text)
 
 
@@ -59,12 +60,16 @@ def test_bytes_of_a_kernel_are_those_of_its_operands_and_results():
 def test_registers_spills_and_shared_memory_are_read_from_what_is_left(tmp_path):
     """A warpgroup that multiplies asks for more registers than the kernel starts with."""
     (tmp_path / "my_kernel_0.resources.txt").write_text("Resources(smem_scratch_bytes=1234, tmem_scratch_cols=0)")
-    (tmp_path / "my_kernel_0.ptx").write_text("setmaxnreg.dec.sync.aligned.u32 40;\nsetmaxnreg.inc.sync.aligned.u32 232;")
-    ptxas = tmp_path / "ptxas"
-    ptxas.write_text(
-        "#!/bin/sh\necho 'ptxas info : Compiling' >&2\necho '0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads' >&2\n"
-        "echo 'ptxas info : Used 168 registers, used 16 barriers' >&2\n"
+    (tmp_path / "my_kernel_0.ptx").write_text(
+        "setmaxnreg.dec.sync.aligned.u32 40;\nsetmaxnreg.inc.sync.aligned.u32 232;"
     )
+    ptxas = tmp_path / "ptxas"
+    told = (
+        "ptxas info : Compiling",
+        "0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads",
+        "ptxas info : Used 168 registers, used 16 barriers",
+    )
+    ptxas.write_text("#!/bin/sh\n" + "".join(f"echo '{line}' >&2\n" for line in told))
     ptxas.chmod(0o755)
     assert gpu_compile.assembled(tmp_path, "my_kernel", str(ptxas)) == gpu_compile.Assembled(232, 12, 1234)
     assert gpu_compile.assembled(tmp_path, "my_kernel", None) == gpu_compile.Assembled(None, None, 1234)

@@ -203,13 +203,13 @@ def _entries_kernel(
     def _() -> None:
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         sums = _by_values(interpret, sizes, scratch, part, steps)
-        give(sums, scratch.values, result.values, result.cached_values)
+        give(sums, scratch.values.at[0], result.values, result.cached_values)
 
     @pl.when(wg == 1)
     def _() -> None:
         plgpu.set_max_registers(MULTIPLYING, action="increase")
         sums = _by_keys(interpret, sizes, scratch, steps)
-        give(sums, scratch.keys, result.keys, result.cached_keys)
+        give(sums, scratch.keys.at[0], result.keys, result.cached_keys)
 
     @pl.when(wg == 2)
     def _() -> None:
@@ -217,14 +217,14 @@ def _entries_kernel(
 
         @pl.when(part < 0)
         def _() -> None:
-            plgpu.copy_gmem_to_smem(operands.cached_keys.at[rows], scratch.keys, scratch.own_ready)
-            plgpu.copy_gmem_to_smem(operands.cached_values.at[rows], scratch.values, scratch.own_ready)
+            plgpu.copy_gmem_to_smem(operands.cached_keys.at[rows], scratch.keys.at[0], scratch.own_ready)
+            plgpu.copy_gmem_to_smem(operands.cached_values.at[rows], scratch.values.at[0], scratch.own_ready)
             plgpu.copy_gmem_to_smem(operands.cached_owners.at[rows], scratch.owners, scratch.own_ready)
 
         @pl.when(part >= 0)
         def _() -> None:
-            plgpu.copy_gmem_to_smem(operands.keys.at[place.shared(tokens)], scratch.keys, scratch.own_ready)
-            plgpu.copy_gmem_to_smem(operands.values.at[place.tokens(tokens)], scratch.values, scratch.own_ready)
+            plgpu.copy_gmem_to_smem(operands.keys.at[place.shared(tokens)], scratch.keys.at[0], scratch.own_ready)
+            plgpu.copy_gmem_to_smem(operands.values.at[place.tokens(tokens)], scratch.values.at[0], scratch.own_ready)
             plgpu.copy_gmem_to_smem(operands.owners.at[place.of_all(tokens)], scratch.owners, scratch.own_ready)
 
         loop(0, steps, lambda step: _bring_queries(operands, known, scratch, place, step, skipped))
@@ -257,7 +257,7 @@ def _by_values(interpret: bool, sizes: Sizes, scratch: EntriesScratch, part: Any
     def step(i: Any, sums: Array) -> Array:
         slot = turn(i, 2)
         plgpu.barrier_wait(scratch.ready.at[slot])
-        logits = product(scratch.keys, flipped(scratch.queries.at[slot])) * LOG2E
+        logits = product(scratch.keys.at[unmoved(0, i)], flipped(scratch.queries.at[slot])) * LOG2E
         visible = owners == by_column(plgpu.load(scratch.asking.at[slot], layout=BY_COLUMN))
         visible &= index(0) <= index(1) + jnp.where((part >= 0) & (i == 0), 0, ROWS)
         log_total = by_column(plgpu.load(scratch.log_total.at[slot], layout=BY_COLUMN))
@@ -287,7 +287,7 @@ def _by_keys(interpret: bool, sizes: Sizes, scratch: EntriesScratch, steps: Any)
     def step(i: Any, sums: Array) -> Array:
         slot = turn(i, 2)
         plgpu.barrier_wait(scratch.ready.at[slot])
-        d_weights = product(scratch.values, flipped(scratch.d_out.at[slot]))
+        d_weights = product(scratch.values.at[unmoved(0, i)], flipped(scratch.d_out.at[slot]))
         d_weights -= by_column(plgpu.load(scratch.spent.at[slot], layout=BY_COLUMN))
         plgpu.barrier_wait(scratch.weighed.at[slot])
         weights = plgpu.load(scratch.weights.at[slot], layout=plgpu.Layout.WGMMA)
@@ -303,17 +303,13 @@ def _by_keys(interpret: bool, sizes: Sizes, scratch: EntriesScratch, steps: Any)
 
 def by_entries(sizes: Sizes, operands: Operands, known: Known, interpret: Any) -> ByEntries:
     """The gradient by the keys and values of tokens and of the caches that blocks find."""
-    keys, values = (
-        (lambda *ring: matrix(*ring, ROWS, sizes.key_dim)),
-        (lambda *ring: matrix(*ring, ROWS, sizes.value_dim)),
-    )
     scratch = EntriesScratch(
-        keys(),
-        values(),
+        matrix(1, ROWS, sizes.key_dim),
+        matrix(1, ROWS, sizes.value_dim),
         plgpu.SMEM((ROWS,), jnp.int32),
         plgpu.Barrier(num_arrivals=3),
-        keys(2),
-        values(2),
+        matrix(2, ROWS, sizes.key_dim),
+        matrix(2, ROWS, sizes.value_dim),
         plgpu.SMEM((2, ROWS), jnp.int32),
         plgpu.SMEM((2, ROWS), jnp.float32),
         plgpu.SMEM((2, ROWS), jnp.float32),

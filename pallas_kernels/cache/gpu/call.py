@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.cache.arrays import Cache
@@ -67,7 +68,9 @@ def cached_read(
     tail = blocks * block - length
     rows = -(-window // ROWS) * ROWS
     sizes = Sizes(batch, heads, heads // keys.shape[2], blocks, block, rows, key_dim, values.shape[3])
-    given = empty_cache(batch, heads, window, key_dim, values.shape[3], keys.dtype) if cache is None else cache
+    # The barrier keeps the compiler from folding the first merges, which takes it longer than they do.
+    empty = jax.lax.optimization_barrier(empty_cache(batch, heads, window, 1, 1, keys.dtype))
+    given = empty if cache is None else cache
     start = jnp.zeros(batch, jnp.int32) if start is None else start.astype(jnp.int32)
     whole = jnp.full(batch, length // block, jnp.int32) if whole is None else whole.astype(jnp.int32)
 
@@ -84,20 +87,11 @@ def cached_read(
         None if cache is None else cache.keys,
         None if cache is None else cache.values,
     )
-    static = Static(sizes, _interpreter(interpret))
+    static = Static(sizes, plgpu.InterpretGPUParams() if interpret is True else interpret or None)
     out, last_keys, last_values = _cached_read(static, inputs, jax.lax.stop_gradient(found), documents)
     positions = positions_of(found, given.positions, start)
     after = Cache(last_keys, last_values, found.scores[:, :, -1], positions[:, :, -1], found.documents[:, -1])
     return out[:, :length].astype(out_dtype or values.dtype), after, positions[:, :, 1:]
-
-
-def _interpreter(interpret: Any) -> Any:
-    """`plgpu.kernel` takes None for a chip."""
-    if interpret is True:
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        return plgpu.InterpretGPUParams()
-    return interpret or None
 
 
 def _operands(sizes: Sizes, inputs: Inputs, found: Found, documents: Array | None) -> Operands:

@@ -37,7 +37,7 @@ from pallas_kernels.cache.gpu.tiles import (
 )
 
 STAGES = 2
-LEAST = -1e30  # where the running maximum starts: above -inf, so that a row without a sink is no NaN
+LEAST, TINY = -1e30, 1e-30  # of maximum and sum: a query that sees nothing, without a sink, reads 0 and no NaN
 
 
 class Scratch(NamedTuple):
@@ -117,6 +117,7 @@ def _read(
     carry = top, jnp.exp2(none - top), zeros(ROWS, sizes.value_dim)
     top, total, sums = lax.fori_loop(0, last + 1, step, carry)
     loop(last + 1, steps, entries.pass_by)
+    total = jnp.maximum(total, TINY)
     read[...] = (sums / lax.broadcast_in_dim(total, sums.shape, [0])).astype(jnp.bfloat16)
     scratch.log_total[wg] = top + jnp.log2(total)
     plgpu.commit_smem()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.cache.gpu.tiles import ROWS
 
@@ -32,5 +31,5 @@ def refuse(keys: Array, values: Array, window: int, block: int, interpret: bool)
             f"window={window}: the GPU kernel keeps 1 to {WINDOW} rows, beyond which choosing them by comparing all pairs "
             "costs more than the read; use the XLA path"
         )
-    if interpret and not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError(f"jax {jax.__version__} has no interpreter of GPU kernels; it takes jax 0.12")
+    if interpret and jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"jax {jax.__version__} does not interpret these kernels; jax 0.11 and newer do")
