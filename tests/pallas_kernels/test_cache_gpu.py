@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from benchmarks import gpu_compile
 from pallas_kernels.cache import Cache, empty_cache
 from pallas_kernels.cache.gpu import cached_read
-from pallas_kernels.cache.gpu.choice import found_by_blocks, positions_of, ways
+from pallas_kernels.cache.gpu.choice import along_stay, found_by_blocks, positions_of, slots_entered
 from tests.pallas_kernels import h200, test_cache
 
 ROOT = Path(__file__).parents[2]
@@ -165,13 +165,27 @@ def test_the_choice_is_a_sort_of_all_earlier_tokens_of_the_document(window):
             wanted = chosen_by_hand(scores[b, h], documents[b], window, block)
             wanted = [wanted[min(i, int(whole[b]) - 1)] for i in range(4)]
             np.testing.assert_array_equal(positions[b, h], wanted)
-    way = ways(found, block)
-    entered = np.asarray(way.entered)[0, 0]
+    entered = np.asarray(slots_entered(found, block))[0, 0]
     for i in range(4):
         for c in range(block):
             slot = entered[i, c]
             assert (i * block + c in positions[0, 0, i]) == (slot >= 0)
             assert slot < 0 or positions[0, 0, i, slot] == i * block + c
+
+
+def test_a_rows_gradient_is_summed_over_all_caches_that_hold_it():
+    """20 blocks: more caches than one round sums."""
+    block, blocks, window = 4, 20, 6
+    scores = np.random.default_rng(0).uniform(size=(1, 1, blocks * block)).astype(np.float32)
+    cache = empty_cache(1, 1, window, 1, 1, "bfloat16")
+    found = jax.jit(lambda s: found_by_blocks(s, None, jnp.array([blocks]), cache, block))(scores)
+    said = np.random.default_rng(1).normal(size=(1, 1, blocks + 1, window, 3)).astype(np.float32)
+    sums = jax.jit(along_stay)(said, found)[0, 0]
+    places, filled = np.asarray(found.places)[0, 0], np.asarray(found.scores)[0, 0] > -np.inf
+    for m in range(blocks + 1):
+        for j in np.flatnonzero(filled[m]):
+            held = [said[0, 0, n, filled[n] & (places[n] == places[m, j])].sum(0) for n in range(m, blocks + 1)]
+            np.testing.assert_allclose(sums[m, j], np.sum(held, axis=0), atol=1e-5)
 
 
 @pytest.mark.parametrize(

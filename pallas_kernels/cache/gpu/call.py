@@ -14,7 +14,15 @@ from jax.typing import DTypeLike
 from pallas_kernels.cache.arrays import Cache
 from pallas_kernels.cache.call import empty_cache
 from pallas_kernels.cache.gpu.backward import Known, by_entries, by_queries
-from pallas_kernels.cache.gpu.choice import Found, along_stay, found_by_blocks, positions_of, rows_of, to_tokens, ways
+from pallas_kernels.cache.gpu.choice import (
+    Found,
+    along_stay,
+    found_by_blocks,
+    positions_of,
+    rows_of,
+    slots_entered,
+    to_tokens,
+)
 from pallas_kernels.cache.gpu.forward import forward
 from pallas_kernels.cache.gpu.limits import refuse
 from pallas_kernels.cache.gpu.places import Operands, Sizes
@@ -149,15 +157,15 @@ def _backward(static: Static, kept: Any, d_results: tuple[Array, Array, Array]) 
     known = Known(d_out.astype(jnp.bfloat16), log_total, spent.reshape(-1))
     d_queries = by_queries(sizes, operands, known, static.interpret)
     d = by_entries(sizes, operands, known, static.interpret)
-    way = ways(found, sizes.block)
+    entered = slots_entered(found, sizes.block)
 
     def through_caches(of_tokens: Array, of_rows: Array, of_last: Array, group: int) -> tuple[Array, Array]:
         """The gradient by tokens [B, T, h, X] and by the rows of the given cache."""
         window = of_last.shape[2]
         rows = of_rows.reshape(*found.scores.shape[:2], sizes.blocks, sizes.window, -1)[:, :, :, :window]
         rows = jnp.concatenate([rows.astype(jnp.float32), of_last.astype(jnp.float32)[:, :, None]], axis=2)
-        rows = along_stay(rows, way.onward)
-        total = of_tokens.astype(jnp.float32) + to_tokens(rows, way.entered)
+        rows = along_stay(rows, found)
+        total = of_tokens.astype(jnp.float32) + to_tokens(rows, entered)
         if group > 1:
             total = total.reshape(*total.shape[:2], -1, group, total.shape[3]).sum(axis=3)
         return total.astype(jnp.bfloat16), rows[:, :, 0].astype(of_last.dtype)

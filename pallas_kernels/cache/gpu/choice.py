@@ -3,8 +3,9 @@
 What a block finds is a prefix of top-W merges on scores alone, which needs no key and no value. A TPU has to interleave it
 with the read, because there a gather costs a matrix product on the chip. A GPU decides it first: one sort of each block,
 then log2(blocks) rounds in which sorted lists merge by counting who beats whom, W x W comparisons a pair that XLA fuses.
-Then all blocks read at once. A row of the cache stays in successive caches, in slots that may differ; its gradient is
-summed along that chain by doubling, log2(blocks) rounds of gathers, in an order that never varies, without atomics.
+Then all blocks read at once. A row stays in successive caches, in slots that may differ; its gradient is summed along them
+by gathers, 16 caches a round, in an order that never varies, without atomics. (Pairs would take log2(blocks) rounds, each of
+which moves all rows; XLA makes one fused pass of a round.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.cache.arrays import Cache
+
+RADIX = 16
 
 
 class Found(NamedTuple):
@@ -103,25 +106,26 @@ def positions_of(found: Found, given: Array, start: Array) -> Array:
     return jnp.where(found.scores > -jnp.inf, positions, -1)
 
 
-class Ways(NamedTuple):
-    """Where gradients of rows go."""
-
-    onward: Array  # [B, H, n, W]: the slot that a row has in the next cache, -1 where it has left
-    entered: Array  # [B, H, n, C]: the slot that a token of a block has in the cache behind it, -1 for none
+def slots_later(found: Found, later: int) -> Array:
+    """[B, H, n + 1 - later, W]: the slot that a row has so many caches on, -1 where it has left or is empty."""
+    return _slots_of(_held(found)[:, :, : -later or None], _held(found)[:, :, later:])
 
 
-def ways(found: Found, block: int) -> Ways:
-    places = jnp.where(found.scores > -jnp.inf, found.places, -1)
-    before, after = places[:, :, :-1], places[:, :, 1:]
-    blocks, window = before.shape[2:]
-    slots = jnp.arange(window, dtype=jnp.int32)
+def slots_entered(found: Found, block: int) -> Array:
+    """[B, H, n, C]: the slot that a token of a block has in the cache behind it, -1 for none."""
+    batch, heads, caches, window = found.places.shape
+    tokens = window + jnp.arange((caches - 1) * block, dtype=jnp.int32).reshape(caches - 1, block)
+    return _slots_of(jnp.broadcast_to(tokens, (batch, heads, *tokens.shape)), _held(found)[:, :, 1:])
 
-    def slot_of(wanted: Array) -> Array:
-        there = (wanted[..., :, None] == after[..., None, :]) & (wanted[..., :, None] >= 0)
-        return jnp.max(jnp.where(there, slots, -1), axis=-1)
 
-    tokens = window + jnp.arange(blocks * block, dtype=jnp.int32).reshape(blocks, block)
-    return Ways(slot_of(before), slot_of(jnp.broadcast_to(tokens, (*before.shape[:3], block))))
+def _held(found: Found) -> Array:
+    return jnp.where(found.scores > -jnp.inf, found.places, -1)
+
+
+def _slots_of(wanted: Array, held: Array) -> Array:
+    there = (wanted[..., :, None] == held[..., None, :]) & (wanted[..., :, None] >= 0)
+    slots = jnp.max(jnp.where(there, jnp.arange(held.shape[-1], dtype=jnp.int32), -1), axis=-1)
+    return lax.optimization_barrier(slots)  # once for each row, not for each number of a row
 
 
 def _picked(rows: Array, slots: Array) -> Array:
@@ -130,16 +134,16 @@ def _picked(rows: Array, slots: Array) -> Array:
     return jnp.where((slots >= 0)[..., None], picked, 0)
 
 
-def along_stay(rows: Array, onward: Array) -> Array:
-    """[B, H, n + 1, W, X]: the sum of a row's gradient here and in all later caches that hold it. `rows` float32."""
-    reach, blocks = 1, onward.shape[2]
-    while reach <= blocks:
-        rows = rows.at[:, :, :-reach].add(_picked(rows[:, :, reach:], onward))
-        further = onward[:, :, reach:]
-        if further.shape[2]:
-            behind = jnp.take_along_axis(further, jnp.maximum(onward[:, :, :-reach], 0), axis=3)
-            onward = jnp.where(onward[:, :, :-reach] >= 0, behind, -1)
-        reach *= 2
+def along_stay(rows: Array, found: Found) -> Array:
+    """[B, H, n + 1, W, X], float32: the sum of a row's gradient here and in all later caches that hold it."""
+    reach, caches = 1, rows.shape[2]
+    while reach < caches:
+        total = rows
+        for later in range(reach, min(RADIX * reach, caches), reach):
+            of_later = _picked(rows[:, :, later:], slots_later(found, later))
+            total = total + jnp.pad(of_later, [(0, later if axis == 2 else 0) for axis in range(5)])
+        rows = total
+        reach *= RADIX
     return rows
 
 
