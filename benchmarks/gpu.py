@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +195,22 @@ def said(error: Exception) -> str:
     return f"not here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def forward_backward(run: Callable[..., Any], inputs: Inputs, weights: Any) -> float:
-    """Seconds."""
+def forward_backward(run: Callable[..., Any], inputs: Inputs, weights: Any) -> Callable[[], Any]:
+    """A compiled call."""
 
-    def loss(*given: Any) -> Any:
+    def loss(weights: Any, *given: Any) -> Any:
         return jnp.sum(run(*given).astype(jnp.float32) * weights)
 
-    call = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*inputs).compile()
-    return seconds(lambda: call(*inputs))
+    call = jax.jit(jax.grad(loss, argnums=(1, 2, 3, 4, 5))).lower(weights, *inputs).compile()
+    return lambda: call(weights, *inputs)
+
+
+def compiled(make: Callable[[], Callable[..., Any]], inputs: Inputs, weights: Any) -> Callable[[], Any]:
+    return forward_backward(make(), inputs, weights)
+
+
+def measured(call: Future[Callable[[], Any]]) -> float:
+    return seconds(call.result())
 
 
 def triton_peer(inputs: Inputs) -> float:
@@ -233,31 +243,31 @@ def triton_peer(inputs: Inputs) -> float:
     return statistics.median(times)
 
 
-def contenders(inputs: Inputs) -> dict[str, Callable[[], float]]:
-    """Each gives its seconds, or fails with the reason why it is not here."""
+def contenders(inputs: Inputs, all_of_them: bool) -> dict[str, Callable[[], float]]:
+    """Each gives its seconds, or fails with the reason why it is not here. They are compiled side by side, then measured
+    one by one. XLA's HOLA and the read alone can be left out, for they take most of the time."""
     placed: Any = tuple(jnp.asarray(x, jnp.bfloat16 if i < 3 else jnp.float32) for i, x in enumerate(inputs))
     weights = jnp.asarray(np.random.default_rng(1).normal(size=inputs[2].shape), jnp.float32)
-    found: dict[str, Callable[[], float]] = {}
-
-    def add(title: str, make: Callable[..., Callable[..., Any]], *how: Any) -> None:
-        found[title] = lambda: forward_backward(make(*how), placed, weights)
-
+    made: dict[str, Callable[[], Callable[..., Any]]] = {}
     for name in IMPLEMENTATIONS:
-        add(f"GDN {name}", gated_delta_net, name)
-        for window in WINDOWS:
-            add(f"HOLA {name} W={window}", hola, name, window)
-    for window in WINDOWS:
-        add(f"read alone, Mosaic W={window}", read_alone, window)
-    found["GDN fla (Triton)"] = lambda: triton_peer(inputs)
-    return found
+        made[f"GDN {name}"] = functools.partial(gated_delta_net, name)
+        for window in WINDOWS if all_of_them or name != "xla" else ():
+            made[f"HOLA {name} W={window}"] = functools.partial(hola, name, window)
+    for window in WINDOWS if all_of_them else ():
+        made[f"read alone, Mosaic W={window}"] = functools.partial(read_alone, window)
+    with ThreadPoolExecutor(8) as pool:
+        calls = {title: pool.submit(compiled, make, placed, weights) for title, make in made.items()}
+    found = {title: functools.partial(measured, call) for title, call in calls.items()}
+    return {**found, "GDN fla (Triton)": functools.partial(triton_peer, inputs)}
 
 
 def show_memory(options: argparse.Namespace) -> None:
     """Every contender on each shape, then the ratios that the targets are about."""
-    for batch, tokens in options.shapes:
+    for number, (batch, tokens) in enumerate(options.shapes):
         print(f"\nforward + backward, B={batch} T={tokens} H={options.heads} K=V={options.width}, milliseconds")
         took: dict[str, float] = {}
-        for title, run in contenders(made_inputs(batch, tokens, options.heads, options.width, 0)).items():
+        inputs = made_inputs(batch, tokens, options.heads, options.width, 0)
+        for title, run in contenders(inputs, number == 0).items():
             try:
                 took[title] = run()
                 print(f"  {title:28} {1e3 * took[title]:9.3f}", flush=True)
@@ -296,29 +306,32 @@ def copy_bandwidth(size: int) -> float:
     return 2 * x.size * 4 / seconds(lambda: call(x))
 
 
-def decoding(name: str, batch: int, position: int) -> tuple[float, int]:
-    """(seconds of a token, bytes that it has to move): the parameters once, and the state of each row once. The position
-    says how long the context was; a state has no other trace of its length."""
-    config = dataclasses.replace(preset(name), implementation=None)
+def decoding(name: str, batch: int, positions: Sequence[int]) -> tuple[list[float], int]:
+    """(seconds of a token behind so many others, bytes that it has to move): the parameters once, and the state of each
+    row once. A position says how long the context was; a state has no other trace of its length."""
+    config = preset(name)
     model = LanguageModel(config)
     forward, weights = functional(model)
     weights = jax.tree.map(lambda x: x.astype(config.compute_dtype), weights)
-    state = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.full_like(x, position) if "position" in str(path[-1]) and x.ndim < 3 else x,
-        model.init_state(batch),
-    )
-    step = jax.jit(forward, donate_argnums=(3,))
     tokens = jnp.ones((batch, 1), jnp.int32)
-    moved = sum(x.nbytes for x in jax.tree.leaves((weights, state)))
-    _, state = step(weights, tokens, None, state)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(20):
-            logits, state = step(weights, tokens, None, state)
-        jax.block_until_ready(logits)
-        times.append((time.perf_counter() - start) / 20)
-    return statistics.median(times), moved
+    moved = sum(x.nbytes for x in jax.tree.leaves((weights, model.init_state(batch))))
+    step = jax.jit(forward, donate_argnums=(3,))
+    medians = []
+    for position in positions:
+        state = jax.tree_util.tree_map_with_path(
+            lambda path, x, position=position: jnp.full_like(x, position) if str(path[-1]) == ".position" else x,
+            model.init_state(batch),
+        )
+        _, state = step(weights, tokens, None, state)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(20):
+                logits, state = step(weights, tokens, None, state)
+            jax.block_until_ready(logits)
+            times.append((time.perf_counter() - start) / 20)
+        medians.append(statistics.median(times))
+    return medians, moved
 
 
 def show_decoding(options: argparse.Namespace) -> None:
@@ -326,8 +339,7 @@ def show_decoding(options: argparse.Namespace) -> None:
     print(f"\ndecoding: a copy moves {bandwidth / 1e12:.2f} TB/s")
     for model in (m for m in options.models.split(",") if m in ("hola", "gdn")):
         for batch in options.decode_batches:
-            near, moved = decoding(f"{model}-{options.preset}", batch, 2048)
-            far, _ = decoding(f"{model}-{options.preset}", batch, 131072)
+            (near, far), moved = decoding(f"{model}-{options.preset}", batch, (2048, 131072))
             print(
                 f"  {model:5} B={batch:<4} {1e3 * near:8.3f} ms, {moved / 2**20:8.0f} MiB, {moved / near / bandwidth:6.1%} "
                 f"of the copy (target: at least 60%); at 128k tokens {far / near - 1:+.1%} (target: at most 2%)",

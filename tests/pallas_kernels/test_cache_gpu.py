@@ -22,7 +22,7 @@ from tests.pallas_kernels import h200, test_cache
 ROOT = Path(__file__).parents[2]
 B, H, K, V, C = 1, 2, 64, 64, 64  # a warpgroup multiplies 64 rows
 interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="older interpreters of GPU kernels than jax 0.11's do not know these"
+    jax.__version_info__ < (0, 11), reason="the GPU kernels are written for jax 0.11 and newer"
 )
 
 

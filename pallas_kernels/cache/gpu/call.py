@@ -70,7 +70,7 @@ def cached_read(
     True for one.
     """
     refuse_arrays(queries, keys, values, scores, cache)
-    refuse(keys, values, window, block, bool(interpret))
+    refuse(keys, values, window, block)
     batch, length, heads, key_dim = queries.shape
     blocks = max(1, -(-length // block))
     tail = blocks * block - length

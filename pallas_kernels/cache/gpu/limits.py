@@ -12,7 +12,7 @@ WIDTHS = (64, 128, 256)
 WINDOW = 1024
 
 
-def refuse(keys: Array, values: Array, window: int, block: int, interpret: bool) -> None:
+def refuse(keys: Array, values: Array, window: int, block: int) -> None:
     """NotImplementedError with the reason and what to do."""
     if keys.dtype != jnp.bfloat16:
         raise NotImplementedError(
@@ -31,5 +31,7 @@ def refuse(keys: Array, values: Array, window: int, block: int, interpret: bool)
             f"window={window}: the GPU kernel keeps 1 to {WINDOW} rows, beyond which choosing them by comparing all pairs "
             "costs more than the read; use the XLA path"
         )
-    if interpret and jax.__version_info__ < (0, 11):
-        raise NotImplementedError(f"jax {jax.__version__} does not interpret these kernels; jax 0.11 and newer do")
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"jax {jax.__version__}: the GPU kernels are written for jax 0.11 and newer; upgrade jax or use the XLA path"
+        )
