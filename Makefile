@@ -11,7 +11,7 @@ LM_EVAL := .venv-lm-eval/bin
 TORCH ?= torch==2.13.0
 TYPED := $(wildcard hola_jax train pallas_kernels)
 
-.PHONY: help setup test lint unit oldest test-lm-eval format demo bench-cpu bench-tpu-compile clean
+.PHONY: help setup test lint unit oldest test-lm-eval format demo bench-cpu bench-tpu-compile bench-gpu-compile clean
 .NOTPARALLEL:
 
 help: ## what there is
@@ -61,6 +61,15 @@ bench-cpu: setup ## time the memory against its peers on one core
 
 bench-tpu-compile: setup ## what the TPU kernels move and hold, compiled by libtpu without a TPU
 	$(BIN)/python benchmarks/tpu_compile.py
+
+# JAX's CUDA plugin compiles for a GPU that is not there, and needs none of the CUDA packages it depends on for that.
+bench-gpu-compile: ## registers, spills and bytes of the GPU kernels, compiled for an H200
+	@PYTHON="$(PYTHON)" sh tools/setup.sh .venv-gpu-compile 3.13 3.12 3.11 3.14 3.15
+	@set -e; python=.venv-gpu-compile/bin/python; version=$$($$python -c 'import jax; print(jax.__version__)'); \
+	$$python -c "import importlib.metadata as m, sys; sys.exit(m.version('jax-cuda13-plugin') != '$$version')" 2>/dev/null || \
+	    $$python -m pip --disable-pip-version-check install --quiet --no-deps \
+	        jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	.venv-gpu-compile/bin/python benchmarks/gpu_compile.py
 
 clean: ## remove caches and builds, not the environments
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -75,7 +75,7 @@ import sys
 sys.path.insert(0, "benchmarks")
 import gpu
 assert not {"grain", "orbax", "tyro", "tokenizers", "array_record"} & set(sys.modules)
-gpu.main("--preset tiny --models gdn --rows 2 --tokens 64 --steps 1".split())
+gpu.main("--parts training --preset tiny --models gdn --rows 2 --tokens 64 --steps 1".split())
 """
     told = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout
     assert "gdn-tiny" in told and "tokens/s" in told and "loss 5." in told
