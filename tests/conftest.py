@@ -16,6 +16,8 @@ from jaxtyping import install_import_hook
 
 CHECKED = [
     "align",
+    "by_kernels",
+    "by_xla",
     "cache_read",
     "decay",
     "delta_rule",

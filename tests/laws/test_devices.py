@@ -1,5 +1,6 @@
 """Law 7 for the memory: any mesh of eight devices is one device, and what travels does not grow with the sequence."""
 
+import dataclasses
 import re
 
 import jax
@@ -120,3 +121,40 @@ def test_batch_and_heads_may_be_sharded_by_the_compiler():
     expected, expected_state = compiled(CONFIG)(arrays)
     assert_close(out, expected)
     assert_same_state(state, expected_state)
+
+
+@pytest.mark.slow
+def test_kernels_on_parts_of_tokens_and_heads_give_what_one_device_gives():
+    """By the interpreter: tokens by hand along "sequence", heads along "tensor", which is left to the compiler."""
+    split, whole = P(None, "sequence"), P()
+    arrays, segments = inputs(5, 32, key_heads=2), layout("documents")[:, :32]
+    _, before = compiled(CONFIG)(inputs(4, 16, key_heads=2))
+    segments[1, 20:] = 9
+
+    def on_mesh(arrays, segment_ids, state, params):
+        def run(*given):
+            *arrays, segment_ids, state, params = given
+            options = {"segment_ids": segment_ids, "state": state, "sequence_axis": "sequence"}
+            return hola_memory(*arrays, params, config=CONFIG, implementation="interpret", **options)
+
+        devices = mesh((2, "sequence"), (2, "tensor"))
+        specs = {"in_specs": (*[split] * 6, whole, whole), "out_specs": (split, whole)}
+        mapped = jax.shard_map(run, mesh=devices, axis_names={"sequence"}, check_vma=False, **specs)
+        return mapped(*arrays, segment_ids, state, params)
+
+    def gradient(run):
+        def loss(arrays, params, weights):
+            state = dataclasses.replace(before, fast_weights=weights)
+            out, after = run(arrays, segments, state, params)
+            kept = jnp.sum(jnp.cos(after.cache_keys)) + jnp.sum(jnp.tanh(after.fast_weights))
+            return jnp.sum(jnp.sin(out)) + kept, (out, after)
+
+        of = (arrays, PARAMS, before.fast_weights)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*of)
+
+    got, (out, after) = gradient(on_mesh)
+    wanted, (expected, expected_after) = gradient(compiled(CONFIG))
+    assert_close(out, expected)
+    assert_same_state(after, expected_after)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, atol=1e-4)

@@ -329,8 +329,13 @@ def test_types_and_kernels_that_are_not_there_are_refused() -> None:
     tokens = tokens_of("gdn")
     with pytest.raises(TypeError, match="state is a tuple; it must be a LinearState"):
         run(tokens, None, (1, 2))  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="pallas"):
+    with pytest.raises(
+        NotImplementedError, match=r"there are kernels for .*, and this is cpu; use implementation='xla'"
+    ):
         run(tokens, None, None, implementation="pallas")
+    for memory, reason in (("kda", "not one per key channel"), ("gla", "does not write by the delta rule")):
+        with pytest.raises(NotImplementedError, match=reason):
+            run(tokens_of(memory), None, None, implementation="interpret")
     with pytest.raises(NotImplementedError, match="reference"):
         run(tokens, None, None, implementation="reference", sequence_axis="sequence")
 
