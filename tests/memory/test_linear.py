@@ -59,7 +59,7 @@ def with_gradients(memory: Any, tokens: Tokens, ids: Any, state: LinearState, se
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(tokens, state.fast_weights)
 
 
-xla, reference = partial(run), partial(run, implementation="reference")
+xla, reference, by_kernels = (partial(run, implementation=name) for name in ("xla", "reference", "interpret"))
 
 
 def whole(tokens: Tokens, ids: Any, state: LinearState, memory: Any = xla) -> tuple[jax.Array, LinearState]:
@@ -110,6 +110,15 @@ def test_chunks_are_the_recurrence_forward_and_backward(memory: str, gates: str)
     tokens = GATES[gates](tokens_of(memory))
     for ids in (one_document(), packed()):
         fast, slow = (with_gradients(f, tokens, ids, random_state(), jnp.ones(T)) for f in (xla, reference))
+        close(fast[1], slow[1])
+        close(fast[0], slow[0], 2e-4 if gates != "beta 1, repeated keys" else 1e-3)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_the_delta_rules_kernel_is_the_recurrence_forward_and_backward(gates: str) -> None:
+    tokens = GATES[gates](tokens_of("gdn"))
+    for ids in (one_document(), packed()):
+        fast, slow = (with_gradients(f, tokens, ids, random_state(), jnp.ones(T)) for f in (by_kernels, reference))
         close(fast[1], slow[1])
         close(fast[0], slow[0], 2e-4 if gates != "beta 1, repeated keys" else 1e-3)
 

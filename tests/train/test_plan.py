@@ -143,6 +143,19 @@ def test_a_batched_product_spelt_as_a_convolution_is_counted_as_the_product():
     assert got.seconds == pytest.approx(1e-3) and got.roofline < 1e-6  # the compiler's own estimate is longer
 
 
+def test_a_pallas_kernels_operations_are_those_declared_and_its_bytes_those_of_its_arrays():
+    line = (
+        'custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":'
+        '{"cost_estimate":{"flops":"8000","bytes_accessed":"1"}}}'
+    )
+    plain, exact = tpu_program(line), tpu_program(line)
+    kernel = exact.entry.instructions.pop("c")
+    exact.entry.instructions["c"] = dataclasses.replace(kernel, name="delta_rule_forward.1")
+    got, passed = cost(plain, CHIPS["v5e"]), cost(exact, CHIPS["v5e"])
+    assert got.flops == got.passes == passed.flops == 8000 and passed.passes == 6 * 8000
+    assert got.traffic == 4 * 64 * 32 * 4  # `b` and the result lie in fast memory
+
+
 def fake(**fields):
     return types.SimpleNamespace(**fields)
 
