@@ -39,9 +39,10 @@ class Sums(NamedTuple):
     keys: Any  # [C, K]: of the block
     values: Any  # [C, V]
     sink: Any  # [1, C]
+    gate: Any = None  # [1, C], where a gate stands behind the read
 
 
-def _through_merge(source: Array, sums: Sums, dtype: Any) -> None:
+def through_merge(source: Array, sums: Sums, dtype: Any) -> None:
     """From the rows of the cache behind a block to those in front of it and to the block's tokens."""
     window, block = source.shape[1], sums.keys.shape[0]
     stayed = source == index((window, window), 0)
@@ -52,10 +53,18 @@ def _through_merge(source: Array, sums: Sums, dtype: Any) -> None:
         of_cache[...] = hand_back(stayed, behind, dtype)
 
 
-def _through_read(
-    tokens: Tokens, saved: Saved, sink: Array, document: Array, d_out: Any, d_queries: Any, sums: Sums
+def through_read(
+    tokens: Tokens,
+    saved: Saved,
+    sink: Array,
+    document: Array,
+    d_out: Any,
+    d_queries: Any,
+    sums: Sums,
+    gate: Array | None = None,
 ) -> None:
-    """Adds what the block's read says of the cache it found and of its own tokens."""
+    """Adds what the block's read says of the cache it found and of its own tokens. `d_out` is the gradient by the read,
+    or by the read times a `gate`."""
     filled = column(saved.scores[...]) > -jnp.inf
     own = None if tokens.documents is None else column(tokens.documents[...])
     cached, values = saved.keys[...], saved.values[...]
@@ -73,7 +82,11 @@ def _through_read(
         of_block = jnp.exp(jnp.where(visible, dot(keys, queries, NT), -jnp.inf) - log_total)
         d_cache, d_block = dot(values, d_read, NT), dot(tokens.values[seen, :], d_read, NT)
         spent = jnp.sum(of_cache * d_cache, axis=0, keepdims=True) + jnp.sum(of_block * d_block, axis=0, keepdims=True)
-        sums.sink[:, tile] -= jnp.exp(sink - log_total) * spent
+        of_sink = jnp.exp(sink - log_total)
+        if gate is not None:
+            sums.gate[:, tile] += spent
+            of_cache, of_block, of_sink = gate * of_cache, gate * of_block, gate * of_sink
+        sums.sink[:, tile] -= of_sink * spent
         d_cache = (of_cache * (d_cache - spent)).astype(keys.dtype)
         d_block = (of_block * (d_block - spent)).astype(keys.dtype)
         d_queries[tile, :] = (dot(d_cache, cached, TN) + dot(d_block, keys, TN)).astype(d_queries.dtype)
@@ -106,9 +119,9 @@ def _kernel(
         sums.cache_keys[...], sums.cache_values[...] = (d[...].astype(jnp.float32) for d in d_final)
         sums.sink[...] = jnp.zeros_like(sums.sink)
 
-    _through_merge(saved.source[...], sums, d_values.dtype)
+    through_merge(saved.source[...], sums, d_values.dtype)
     document = documents[pl.program_id(0), steps - 1 - step]
-    _through_read(tokens, saved, sink[pl.program_id(1)], document, d_out, d_queries, sums)
+    through_read(tokens, saved, sink[pl.program_id(1)], document, d_out, d_queries, sums)
     d_keys[...] = sums.keys[...].astype(d_keys.dtype)
     d_values[...] = sums.values[...].astype(d_values.dtype)
 

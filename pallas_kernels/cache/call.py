@@ -71,7 +71,9 @@ def cached_read(
     refuse_sizes(shape, keys.dtype.itemsize, bool(interpret))
     cache = empty_cache(batch, heads, window, key_dim, values.shape[3], keys.dtype) if cache is None else cache
     whole = jnp.full(batch, length // block, jnp.int32) if whole is None else whole
-    counts = _counts(shape, cache.document, documents, start, whole)
+    start = jnp.zeros(batch, jnp.int32) if start is None else start
+    of_cache = document_counts(cache.document, documents, blocks, block)
+    counts = start.astype(jnp.int32), whole.astype(jnp.int32), of_cache
     tail = blocks * block - length
 
     def padded(x: Array, axis: int = 1) -> Array:
@@ -92,16 +94,14 @@ def cached_read(
     return out.swapaxes(1, 2)[:, :length], after, chosen[:, :, :, 0]
 
 
-def _counts(shape: Shape, document: Array, documents: Array | None, start: Array | None, whole: Array) -> Counts:
-    """See `forward`."""
-    start = jnp.zeros(shape.batch, jnp.int32) if start is None else start.astype(jnp.int32)
+def document_counts(document: Array, documents: Array | None, blocks: int, block: int) -> Array:
+    """The cache's document before each block and after the last [B, n + 1]; `document` [B] is that which it comes with."""
     if documents is None:
-        of_cache = jnp.broadcast_to(document[:, None], (shape.batch, shape.blocks + 1))
-        return start, whole.astype(jnp.int32), of_cache
-    tail = shape.blocks * shape.block - documents.shape[1]
-    by_block = jnp.pad(documents, [(0, 0), (0, tail)]).reshape(shape.batch, shape.blocks, shape.block)
+        return jnp.broadcast_to(document[:, None], (document.shape[0], blocks + 1))
+    tail = blocks * block - documents.shape[1]
+    by_block = jnp.pad(documents, [(0, 0), (0, tail)]).reshape(documents.shape[0], blocks, block)
     latest = jnp.concatenate([document[:, None], jnp.max(by_block, axis=2)], axis=1)
-    return start, whole.astype(jnp.int32), jax.lax.cummax(latest.astype(jnp.int32), axis=1)
+    return jax.lax.cummax(latest.astype(jnp.int32), axis=1)
 
 
 def _run(static: Static, counts: Counts, tokens: Tokens, sink: Array, initial: Rows, save: bool) -> Read:

@@ -6,6 +6,7 @@ every pair: a candidate's rank is the number of those that beat it, and a one-ho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +38,10 @@ class Read(NamedTuple):
     saved: Saved | None
 
 
-def _read(tokens: Tokens, cache: Rows, sink: Array, document: Array, out: Any, log_total: Any) -> None:
-    """The read of one block."""
+def read_tiles(
+    tokens: Tokens, cache: Rows, sink: Array, document: Array, log_total: Any
+) -> Iterator[tuple[slice, Array]]:
+    """The read of one block, one tile of queries after the other, float32."""
     block, window = tokens.keys.shape[0], cache.keys.shape[0]
     filled = cache.scores[...] > -jnp.inf
     own = None if tokens.documents is None else column(tokens.documents[...])
@@ -60,9 +63,9 @@ def _read(tokens: Tokens, cache: Rows, sink: Array, document: Array, out: Any, l
         total = total + jnp.exp(sink - top)
         read = dot(of_cache.astype(cache.values.dtype), cache.values[...])
         read = read + dot(of_block.astype(tokens.values.dtype), tokens.values[seen, :])
-        out[tile, :] = (read / total).astype(out.dtype)
         if log_total is not None:
             log_total[:, tile] = row(top + jnp.log(total))
+        yield tile, read / total
 
 
 def _chosen(cached: Array, coming: Array) -> tuple[Array, Array]:
@@ -82,7 +85,7 @@ def _chosen(cached: Array, coming: Array) -> tuple[Array, Array]:
     return one_hot(rank_cached, cached), one_hot(rank_coming, coming)
 
 
-def _merge(tokens: Tokens, cache: Rows, before: Array, after: Array, first: Array, source: Any) -> None:
+def merge(tokens: Tokens, cache: Rows, before: Any, after: Any, first: Any, source: Any) -> None:
     """The cache of the best W among what it holds and the block; of the document `after` alone."""
     cached, coming = cache.scores[...], tokens.scores[...]
     window, block = cached.shape[1], coming.shape[1]
@@ -104,6 +107,12 @@ def _merge(tokens: Tokens, cache: Rows, before: Array, after: Array, first: Arra
     cache.scores[...] = taken(cached, coming, -jnp.inf)
 
 
+def keep(cache: Rows, saved: Saved) -> None:
+    """What a block finds, and for now that it changes nothing."""
+    saved.keys[...], saved.values[...] = cache.keys[...], cache.values[...]
+    saved.scores[...], saved.source[...] = cache.scores[...], index((1, cache.keys.shape[0]), 1)
+
+
 def _kernel(
     start: Any,
     whole: Any,
@@ -119,7 +128,7 @@ def _kernel(
 ) -> None:
     """One block of one head. `documents` [B, n + 1] is that of the cache before each block and after the last."""
     b, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block, window = tokens.keys.shape[0], cache.keys.shape[0]
+    block = tokens.keys.shape[0]
 
     @pl.when(i == 0)
     def _() -> None:
@@ -127,14 +136,14 @@ def _kernel(
             mine[...] = given[...]
 
     if saved is not None:
-        saved.keys[...], saved.values[...] = cache.keys[...], cache.values[...]
-        saved.scores[...], saved.source[...] = cache.scores[...], index((1, window), 1)
+        keep(cache, saved)
     before, after = documents[b, i], documents[b, i + 1]
-    _read(tokens, cache, sink[h], before, out, None if saved is None else saved.log_total)
+    for tile, read in read_tiles(tokens, cache, sink[h], before, None if saved is None else saved.log_total):
+        out[tile, :] = read.astype(out.dtype)
 
     @pl.when(i < whole[b])
     def _() -> None:
-        _merge(tokens, cache, before, after, start[b] + i * block, None if saved is None else saved.source)
+        merge(tokens, cache, before, after, start[b] + i * block, None if saved is None else saved.source)
 
     chosen[...] = cache.positions[...]
 

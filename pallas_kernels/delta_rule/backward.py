@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_rule import layout
-from pallas_kernels.delta_rule.chunk import CHUNK, RUN, Chunk, norm_factor, outgoing, places, product, to_row
+from pallas_kernels.delta_rule.chunk import RUN, Chunk, norm_factor, outgoing, places, product, to_row
 from pallas_kernels.delta_rule.forward import cost
 from pallas_kernels.delta_rule.layout import Call, Operands, Part
 
@@ -34,6 +34,17 @@ class Gradients(NamedTuple):
     initial: Part  # [B, H, K, V]
 
 
+class ChunkGradient(NamedTuple):
+    """By what a chunk was made of."""
+
+    q: jax.Array  # [c, K], as the state sees them
+    k: jax.Array  # [c, K]
+    v: jax.Array  # [c, V]
+    beta: jax.Array  # [1, c]
+    log_decay: jax.Array  # [1, c]
+    before: jax.Array  # [K, V]
+
+
 class Inner(NamedTuple):
     """Gradients of one chunk's factors."""
 
@@ -47,24 +58,40 @@ class Inner(NamedTuple):
     before: jax.Array  # of the incoming state
 
 
-def _write(chunk: Chunk, before: jax.Array) -> jax.Array:
-    """The committed residuals, made again."""
-    return product(chunk.inverse, chunk.v * chunk.beta - product(chunk.predictor, before))
+def made_again(chunks: list[Chunk], before: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """The state before each chunk and its committed residuals."""
+    found = []
+    for chunk in chunks:
+        write = product(chunk.inverse, chunk.v * chunk.beta - product(chunk.predictor, before))
+        found.append((before, write))
+        if len(found) < len(chunks):
+            before = outgoing(chunk, before, write)
+    return found
+
+
+def through_chunk(
+    chunk: Chunk, before: jax.Array, write: jax.Array, d_out: jax.Array, d_after: jax.Array, scale: float
+) -> ChunkGradient:
+    """Back through one chunk: from its outputs and the state that it left."""
+    inner = _through_state(chunk, before, write, d_out, d_after)
+    d_beta, d_decay = _gates(chunk, inner, scale)
+    return ChunkGradient(*_keys(chunk, inner, scale), inner.values * chunk.beta, d_beta, d_decay, inner.before)
 
 
 def _through_state(chunk: Chunk, before: jax.Array, write: jax.Array, d_out: jax.Array, d_after: jax.Array) -> Inner:
     """Back through the reads, the write and the outgoing state."""
+    size = chunk.beta.shape[0]
     d_write = product(chunk.attend, d_out, (0, 0)) + product(chunk.leaver, d_after)
     d_rest = product(chunk.inverse, d_write, (0, 0))
     d_seen = jnp.concatenate([d_out, -d_rest])
     readers = jnp.concatenate([chunk.reader, chunk.predictor])
     d_readers, d_pairs = product(d_seen, before, (1, 1)), product(d_seen, write, (1, 1))
     return Inner(
-        reader=d_readers[:CHUNK],
-        predictor=d_readers[CHUNK:],
+        reader=d_readers[:size],
+        predictor=d_readers[size:],
         leaver=product(write, d_after, (1, 1)),
-        attend=d_pairs[:CHUNK],
-        lower=d_pairs[CHUNK:],
+        attend=d_pairs[:size],
+        lower=d_pairs[size:],
         values=d_rest,
         keep=jnp.sum(jnp.sum(before * d_after, axis=1, keepdims=True), axis=0, keepdims=True),
         before=chunk.decay.keep * d_after + product(readers, d_seen, (0, 0)),
@@ -86,8 +113,9 @@ def _gates(chunk: Chunk, inner: Inner, scale: float) -> tuple[jax.Array, jax.Arr
     left = decay.leaving * _rows_sum(inner.leaver * chunk.k)
     d_total = _rows_sum(between) + entered - left
     last = jnp.sum(left, axis=0, keepdims=True) + inner.keep * decay.keep
-    i, _ = places()
-    d_total = d_total + jnp.where(i[:, :1] == CHUNK - 1, last, 0.0)
+    size = left.shape[0]
+    i, _ = places(size)
+    d_total = d_total + jnp.where(i[:, :1] == size - 1, last, 0.0)
     # As a column plus a row: the running sum's gradient by token i, less what token j's sum took away.
     taken = to_row(d_total) - jnp.sum(between, axis=0, keepdims=True)
     return to_row(d_beta), _suffix(chunk, taken)
@@ -95,7 +123,7 @@ def _gates(chunk: Chunk, inner: Inner, scale: float) -> tuple[jax.Array, jax.Arr
 
 def _suffix(chunk: Chunk, row: jax.Array) -> jax.Array:
     """The sum of a row from each token on, to the end of its document: what a running sum's gradient is."""
-    i, j = places()
+    i, j = places(row.shape[1])
     column = jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
     return jnp.sum(jnp.where(chunk.decay.run, column, 0.0), axis=0, keepdims=True)
 
@@ -111,7 +139,7 @@ def _keys(chunk: Chunk, inner: Inner, scale: float) -> tuple[jax.Array, jax.Arra
     return d_q, d_k
 
 
-def _through_norm(raw: jax.Array, unit: jax.Array, gradient: jax.Array) -> jax.Array:
+def through_norm(raw: jax.Array, unit: jax.Array, gradient: jax.Array) -> jax.Array:
     along = _rows_sum(unit * gradient)
     return norm_factor(raw.astype(jnp.float32)) * (gradient - unit * along)
 
@@ -123,25 +151,19 @@ def _kernel(given: Operands, upstream: Upstream, results: Gradients, carried: An
     def _() -> None:
         carried[...] = upstream.final[...]
 
-    chunks, before, writes = layout.load_run(given, call), [upstream.before[...]], []
-    for chunk in chunks:
-        writes.append(_write(chunk, before[-1]))
-        if len(writes) < RUN:
-            before.append(outgoing(chunk, before[-1], writes[-1]))
-    d_state = carried[...]
+    chunks, d_state = layout.load_run(given, call), carried[...]
+    between = made_again(chunks, upstream.before[...])
     for index in reversed(range(RUN)):
         rows, chunk = layout.rows_of(index), chunks[index]
-        d_out = upstream.out[rows, :].astype(jnp.float32)
-        inner = _through_state(chunk, before[index], writes[index], d_out, d_state)
-        d_q, d_k = _keys(chunk, inner, call.scale)
+        d = through_chunk(chunk, *between[index], upstream.out[rows, :].astype(jnp.float32), d_state, call.scale)
+        d_q, d_k, d_state = d.q, d.k, d.before
         if call.normalise:
-            d_q = _through_norm(given.q[rows, :], chunk.q, d_q)
-            d_k = _through_norm(given.k[rows, :], chunk.k, d_k)
+            d_q = through_norm(given.q[rows, :], chunk.q, d_q)
+            d_k = through_norm(given.k[rows, :], chunk.k, d_k)
         results.q[rows, :] = d_q.astype(results.q.dtype)
         results.k[rows, :] = d_k.astype(results.k.dtype)
-        results.v[rows, :] = (inner.values * chunk.beta).astype(results.v.dtype)
-        results.gates[index, 0:1, :], results.gates[index, 1:2, :] = _gates(chunk, inner, call.scale)
-        d_state = inner.before
+        results.v[rows, :] = d.v.astype(results.v.dtype)
+        results.gates[index, 0:1, :], results.gates[index, 1:2, :] = d.beta, d.log_decay
     carried[...] = d_state
 
     @pl.when(at == call.steps - 1)

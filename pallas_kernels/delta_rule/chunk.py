@@ -53,20 +53,20 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> j
     return lax.dot_general(a, b, axes, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def places() -> tuple[jax.Array, jax.Array]:
+def places(size: int) -> tuple[jax.Array, jax.Array]:
     """The row and the column of each entry of a [c, c] matrix."""
-    return tuple(lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))  # type: ignore[return-value]
+    return tuple(lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))  # type: ignore[return-value]
 
 
 def to_column(row: jax.Array) -> jax.Array:
     """[1, c] as [c, 1], bit by bit."""
-    i, j = places()
+    i, j = places(row.shape[1])
     return jnp.sum(jnp.where(i == j, row, jnp.zeros_like(row)), axis=1, keepdims=True)
 
 
 def to_row(column: jax.Array) -> jax.Array:
     """[c, 1] as [1, c], bit by bit."""
-    i, j = places()
+    i, j = places(column.shape[0])
     return jnp.sum(jnp.where(i == j, column, jnp.zeros_like(column)), axis=0, keepdims=True)
 
 
@@ -77,7 +77,7 @@ def decays(log_decay: jax.Array, documents: jax.Array | None) -> Decays:
     a grid is summed exactly, the small rest apart from it. Sums start anew with each document, so that no bit of one
     depends on another. Whatever is exponentiated is at most 0, or masked before.
     """
-    i, j = places()
+    i, j = places(log_decay.shape[1])
     causal = run = j <= i
     if documents is not None:
         here, latest = documents[0:1], documents[1:2]
@@ -88,7 +88,7 @@ def decays(log_decay: jax.Array, documents: jax.Array | None) -> Decays:
     parts = (coarse, log_decay - coarse)
     columns = [jnp.sum(jnp.where(run, part, 0.0), axis=1, keepdims=True) for part in parts]
     rows = [to_row(column) for column in columns]
-    last = [column[CHUNK - 1 :, :] for column in columns]
+    last = [column[column.shape[0] - 1 :, :] for column in columns]
     difference = (columns[0] - rows[0]) + (columns[1] - rows[1])
     pairs = jnp.exp(jnp.where(causal, difference, -jnp.inf))
     remaining = (last[0] - columns[0]) + (last[1] - columns[1])
@@ -107,9 +107,9 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
 
     X - X L_off X joins pairs of inverted blocks; powers of L, which overflow when |L| > 1, are never formed.
     """
-    i, j = places()
+    i, j = places(lower.shape[0])
     inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where(i >> 1 == j >> 1, lower, 0.0)
-    for bits in range(1, CHUNK.bit_length() - 1):  # blocks of 2**bits are inverted
+    for bits in range(1, (lower.shape[0] - 1).bit_length()):  # blocks of 2**bits are inverted
         joins = (i >> bits != j >> bits) & (i >> (bits + 1) == j >> (bits + 1))
         below = jnp.where(joins, lower, 0.0)
         inverse = inverse - product(product(inverse, below), inverse)
@@ -152,6 +152,19 @@ def load(
     )
 
 
+def answer(chunk: Chunk, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the tokens read of the state [c, V], and the committed residuals [c, V]."""
+    size = chunk.beta.shape[0]
+    seen = product(jnp.concatenate([chunk.reader, chunk.predictor]), before)
+    write = product(chunk.inverse, chunk.v * chunk.beta - seen[size:])
+    return seen[:size] + product(chunk.attend, write), write
+
+
 def outgoing(chunk: Chunk, before: jax.Array, write: jax.Array) -> jax.Array:
     """The state behind the chunk, from the one before it and the committed residuals."""
     return chunk.decay.keep * before + product(chunk.leaver, write, (0, 0))
+
+
+def norms(write: jax.Array) -> jax.Array:
+    """The length of each committed residual beta e, as a row."""
+    return to_row(jnp.sqrt(jnp.sum(write * write, axis=1, keepdims=True)))

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_rule import layout
-from pallas_kernels.delta_rule.chunk import CHUNK, outgoing, product, to_row
+from pallas_kernels.delta_rule.chunk import CHUNK, answer, norms, outgoing
 from pallas_kernels.delta_rule.layout import Call, Operands, Part
 
 
@@ -35,11 +35,9 @@ def _kernel(given: Operands, results: Results, state: Any, *, call: Call) -> Non
     if results.before is not None:
         results.before[...] = before
     for index, chunk in enumerate(layout.load_run(given, call)):
-        seen = product(jnp.concatenate([chunk.reader, chunk.predictor]), before)
-        write = product(chunk.inverse, chunk.v * chunk.beta - seen[CHUNK:])
-        out = seen[:CHUNK] + product(chunk.attend, write)
+        out, write = answer(chunk, before)
         results.out[layout.rows_of(index), :] = out.astype(call.out_dtype)
-        results.norms[index] = to_row(jnp.sqrt(jnp.sum(write * write, axis=1, keepdims=True)))
+        results.norms[index] = norms(write)
         before = outgoing(chunk, before, write)
     state[...] = before
 

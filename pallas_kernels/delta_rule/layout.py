@@ -78,12 +78,12 @@ def from_lanes(x: jax.Array, length: int, heads: int, width: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, -1)[:, :length, :, :width]
 
 
-def gate_rows(beta: jax.Array, log_decay: jax.Array, tail: int) -> jax.Array:
+def gate_rows(beta: jax.Array, log_decay: jax.Array, tail: int, chunk: int = CHUNK) -> jax.Array:
     """[B, H, n, 2, c] from two of [B, T, H]; tokens of the tail write nothing and decay nothing."""
     batch, length, heads = beta.shape
     both = jnp.stack([beta.astype(jnp.float32), jnp.maximum(log_decay.astype(jnp.float32), STRONGEST)])
     both = jnp.pad(both, [(0, 0), (0, 0), (0, tail), (0, 0)])
-    both = both.reshape(2, batch, (length + tail) // CHUNK, CHUNK, heads)
+    both = both.reshape(2, batch, (length + tail) // chunk, chunk, heads)
     return both.transpose(1, 4, 2, 0, 3)
 
 
@@ -92,15 +92,15 @@ def from_rows(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)[:, :, :length].transpose(0, 2, 1)
 
 
-def document_rows(documents: jax.Array, initial: jax.Array, tail: int) -> jax.Array:
+def document_rows(documents: jax.Array, initial: jax.Array, tail: int, chunk: int = CHUNK) -> jax.Array:
     """[B, n, 4, c]: the document of each token, of the last real token up to it, of the state that the chunk finds, and
     of the one that it leaves. `initial` [B] is the document of the state that the first chunk finds."""
     documents = jnp.pad(documents.astype(jnp.int32), [(0, 0), (0, tail)])
     start = initial.astype(jnp.int32)[:, None]
     before = lax.cummax(jnp.concatenate([start, documents], axis=1), axis=1)
-    chunks = (documents.shape[0], -1, CHUNK)
+    chunks = (documents.shape[0], -1, chunk)
     here, latest = documents.reshape(chunks), before[:, 1:].reshape(chunks)
-    edges = (jnp.broadcast_to(before[:, at::CHUNK, None][:, : here.shape[1]], here.shape) for at in (0, CHUNK))
+    edges = (jnp.broadcast_to(before[:, at::chunk, None][:, : here.shape[1]], here.shape) for at in (0, chunk))
     return jnp.stack([here, latest, *edges], axis=2)
 
 
