@@ -1,9 +1,10 @@
-"""The phases of `piece` by a platform's kernels: the state path in one, the cache's merge with its read in another."""
+"""The phases of `piece` by a platform's kernels: all in one, or the state path in one and merge and read in another."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -12,11 +13,12 @@ from hola_jax.array_types import Array, Float, Int, Int32
 from hola_jax.memory.align import Piece
 from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.delta_rule import Affine, DeltaRuleResult, Magnitude, act
-from hola_jax.memory.exact_cache import magnitude_kind
+from hola_jax.memory.exact_cache import magnitude_kind, token_scores
 from hola_jax.memory.kernels import Kernels, divided
 from hola_jax.memory.scan import axis_scan
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
 from pallas_kernels.cache import Cache
+from pallas_kernels.hola import Earlier, Hola, Learned
 
 TOKENS, ROWS, WHOLE = P(None, None, "heads"), P(None, "heads"), P()  # [B, T, H, ..], [B, H, ..], not by head
 
@@ -140,3 +142,74 @@ def read_blocks(
     given = (piece.queries, piece.keys, piece.values, scores, params.sink_logit, cache)
     out, after = divided(call, in_specs, (TOKENS, rows))(*given, documents, positions[:, 0], whole)
     return out, Kept(*after)
+
+
+def in_one(
+    kernels: Kernels,
+    piece: Piece,
+    positions: Int32[Array, "B L"],
+    whole: Int32[Array, " B"],
+    params: CacheParams,
+    config: MemoryConfig,
+    state: MemoryState,
+    fresh: bool,
+) -> tuple[Float[Array, "B L H V"], Float[Array, "B H L"], Float[Array, "B H K V"], Kept] | None:
+    """(outputs, scores, S after the piece, the cache that it leaves); None where the platform has no kernel for it, or the
+    kernel finds the shape too large for the chip: two kernels take less of it."""
+    if kernels.hola is None:
+        return None
+    fused, inputs = kernels.hola, piece.inputs
+    document = state.document if piece.several else jnp.max(piece.documents, axis=1)
+    magnitude = magnitude_kind(config)
+    given = None
+    if magnitude is None:
+        given = token_scores(config, None, inputs.v, inputs.beta, positions).swapaxes(1, 2)
+    earlier = None
+    if not fresh:
+        cache = Cache(state.cache_keys, state.cache_values, state.cache_scores, state.cache_positions, document)
+        running = (state.block_keys, state.block_values, state.block_scores)
+        earlier = Earlier(state.fast_weights, cache, *running, state.position % config.block)
+
+    def call(inputs: Any, learned: Any, earlier: Any, given: Any, documents: Any, start: Any, whole: Any) -> Hola:
+        found: Hola = fused(
+            *inputs,
+            learned,
+            earlier,
+            scale=config.scale(inputs.k.shape[-1]),
+            window=config.window,
+            block=config.block,
+            score=magnitude if given is None else given,
+            read=config.read,
+            documents=documents,
+            start=start,
+            whole=whole,
+            interpret=kernels.interpret,
+        )
+        return found
+
+    rows = Cache(ROWS, ROWS, ROWS, ROWS, WHOLE)
+    held = None if earlier is None else Earlier(ROWS, rows, ROWS, ROWS, ROWS, WHOLE)  # type: ignore[arg-type]
+    in_specs = (TOKENS, P("heads"), held, ROWS, WHOLE, WHOLE, WHOLE)
+    documents = piece.documents if piece.several else None
+    try:
+        found = divided(call, in_specs, Hola(TOKENS, ROWS, ROWS, rows))(  # type: ignore[arg-type]
+            inputs, _learned(piece, params, config), earlier, given, documents, positions[:, 0], whole
+        )
+    except NotImplementedError:
+        return None
+    kept = found.cache if piece.several else found.cache._replace(document=document)
+    return found.out, found.scores, found.state, Kept(*kept)
+
+
+def _learned(piece: Piece, params: CacheParams, config: MemoryConfig) -> Learned:
+    """What the read learns, by head."""
+    heads, key_heads, key_dim = piece.inputs.v.shape[2], *piece.inputs.k.shape[2:]
+    if config.read == "rmsnorm":
+        assert params.query_scale is not None and params.key_scale is not None
+        query, key = params.query_scale * key_dim**-0.5, params.key_scale
+    else:
+        assert params.temperature is not None
+        query, key = params.temperature[:, None], jnp.ones(key_dim)
+    query, key = jnp.broadcast_to(query, (heads, key_dim)), jnp.broadcast_to(key, (key_heads, key_dim))
+    gate = jax.nn.sigmoid(params.gate_logit.astype(jnp.float32))
+    return Learned(query, key, params.sink_logit, gate)

@@ -23,17 +23,18 @@ Implementation = Literal["reference", "xla", "pallas", "pallas_tpu", "interpret"
 
 
 class Kernels(NamedTuple):
-    """Those of a platform; contracts as in pallas_kernels.delta_rule and pallas_kernels.cache."""
+    """Those of a platform; contracts as in pallas_kernels.delta_rule, pallas_kernels.cache and pallas_kernels.hola."""
 
     delta_rule: Callable[..., Any]
     cached_read: Callable[..., Any]
+    hola: Callable[..., Any] | None = None  # both in one, where a platform has it
     interpret: Any = False
 
 
 def _tpu() -> Kernels:
-    from pallas_kernels import cache, delta_rule
+    from pallas_kernels import cache, delta_rule, hola
 
-    return Kernels(delta_rule.delta_rule, cache.cached_read)
+    return Kernels(delta_rule.delta_rule, cache.cached_read, hola.hola)
 
 
 PLATFORMS: dict[str, Callable[[], Kernels]] = {"tpu": _tpu}

@@ -97,10 +97,17 @@ def _phases(
     if axis is not None:
         before_device = counters_before_device(piece.own, count, state, axis)
         start = before_device.position
+    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    if kernels is not None and axis is None:
+        whole = (state.position + count - start) // block
+        fused = by_kernels.in_one(kernels, piece, positions, whole, params, config, state, fresh)
+        if fused is not None:
+            out, scores, weights, kept = fused
+            after = _state_after(piece, scores, positions, kept, whole, count, config, state)
+            return out, dataclasses.replace(after, fast_weights=weights)
     initial = None if fresh and axis is None else state.fast_weights
     state_path = by_xla.state_path if kernels is None else partial(by_kernels.state_path, kernels)
     state_out = state_path(piece, config, initial, before_device.document, axis)
-    positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
     scores = token_scores(config, state_out.magnitude, inputs.v, inputs.beta, positions).swapaxes(1, 2)
     if not fresh and axis is None:
         occupied = jnp.arange(length) < (state.position % block)[:, None]
