@@ -124,9 +124,10 @@ def test_batch_and_heads_may_be_sharded_by_the_compiler():
 
 
 @pytest.mark.slow
-def test_kernels_on_parts_of_tokens_and_heads_give_what_one_device_gives():
-    """By the interpreter: tokens by hand along "sequence", heads along "tensor", which is left to the compiler."""
-    split, whole = P(None, "sequence"), P()
+@pytest.mark.parametrize("by_hand", ["sequence", "data"])
+def test_kernels_on_parts_of_tokens_or_rows_and_heads_give_what_one_device_gives(by_hand):
+    """By the interpreter: tokens or rows by hand, heads along "tensor", which is left to the compiler."""
+    tokens, rows = (P(None, "sequence"), P()) if by_hand == "sequence" else (P("data"), P("data"))
     arrays, segments = inputs(5, 32, key_heads=2), layout("documents")[:, :32]
     _, before = compiled(CONFIG)(inputs(4, 16, key_heads=2))
     segments[1, 20:] = 9
@@ -134,12 +135,13 @@ def test_kernels_on_parts_of_tokens_and_heads_give_what_one_device_gives():
     def on_mesh(arrays, segment_ids, state, params):
         def run(*given):
             *arrays, segment_ids, state, params = given
-            options = {"segment_ids": segment_ids, "state": state, "sequence_axis": "sequence"}
+            options = {"segment_ids": segment_ids, "state": state}
+            options |= {"sequence_axis": "sequence"} if by_hand == "sequence" else {}
             return hola_memory(*arrays, params, config=CONFIG, implementation="interpret", **options)
 
-        devices = mesh((2, "sequence"), (2, "tensor"))
-        specs = {"in_specs": (*[split] * 6, whole, whole), "out_specs": (split, whole)}
-        mapped = jax.shard_map(run, mesh=devices, axis_names={"sequence"}, check_vma=False, **specs)
+        devices = mesh((2, by_hand), (2, "tensor"))
+        specs = {"in_specs": (*[tokens] * 6, rows, P()), "out_specs": (tokens, rows)}
+        mapped = jax.shard_map(run, mesh=devices, axis_names={by_hand}, check_vma=False, **specs)
         return mapped(*arrays, segment_ids, state, params)
 
     def gradient(run):
