@@ -14,9 +14,9 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from hola_jax.memory import MemoryConfig
-from hola_jax.memory.validate import Implementation
+from hola_jax.memory.kernels import Implementation, Work
 
-__all__ = ["MemoryConfig", "ModelConfig", "flops_per_token", "parameter_count", "unknown_name"]
+__all__ = ["MemoryConfig", "ModelConfig", "flops_per_token", "memory_work", "parameter_count", "unknown_name"]
 
 Mixer = Literal["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "transformer"]
 Remat = Literal["none", "full", "dots"]
@@ -51,7 +51,7 @@ class ModelConfig:
     dtype                 of activations; parameters are float32
     remat                 what the backward pass makes again: "none", "full" (all of a block), "dots" (all but matmuls)
     check                 also test what only values can tell (see `hola_memory`)
-    implementation        of the mixer's memory; None chooses
+    implementation        of the mixer's memory (see `hola_memory`); None chooses by platform and shape
     """
 
     vocab_size: int = 32000
@@ -209,3 +209,12 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
     count = parameter_count(config)
     matmuls = count["mixer"] + count["mlp"] + config.vocab_size * config.dim
     return 2.0 * matmuls + config.layers * _memory_flops(config, context)
+
+
+def memory_work(config: ModelConfig) -> Work | None:
+    """What the mixer asks of its memory's kernels; None for the Transformer, which has no memory."""
+    if config.mixer == "transformer":
+        return None
+    sizes = (config.heads, config.key_head_count, config.key_width, config.value_width, (config.dtype,) * 3)
+    cache = (config.memory.window, config.memory.block) if config.mixer == "hola" else (None, None)
+    return Work(*sizes, config.mixer in DELTA_MIXERS, config.mixer == "kda", *cache)

@@ -5,6 +5,9 @@ import os
 
 import pytest
 
+# All tests run on the host's devices. Where libtpu is installed, to compile for TPUs, jax would also look for a chip, and
+# libtpu complain on the console that there is none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Before jax makes its backend. The tests run small programs once: less optimisation halves the time to compile them.
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -20,6 +23,8 @@ from jaxtyping import install_import_hook
 
 CHECKED = [
     "align",
+    "by_kernels",
+    "by_xla",
     "cache_read",
     "decay",
     "delta_rule",

@@ -2,7 +2,8 @@
 
 Both run in shard_map by hand along data, fsdp and sequence. A layer's parameters are gathered when the layer runs, the
 gradient goes back by the transpose of that, and it is summed over the devices once per step, after all microbatches. Left to
-the compiler, the memory's gathers by row would bring every row to every device. Along tensor the compiler divides.
+the compiler, the memory's gathers by row would bring every row to every device. Along tensor the compiler divides, and
+kernels, which it cannot divide, go by heads (hola_jax.memory.kernels).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def vital_signs(layout: Layout) -> Callable[..., dict[str, Array]]:
     """(params, tokens) to the memory's vital signs, divided by the compiler: it is a few rows now and then."""
 
     def signs(params: Params, tokens: Array) -> dict[str, Array]:
-        return diagnostics.vital_signs(nnx.merge(nnx.graphdef(layout.abstract), params), tokens)
+        return diagnostics.vital_signs(nnx.merge(nnx.graphdef(layout.abstract_by_xla), params), tokens)
 
     return jax.jit(signs, out_shardings=NamedSharding(layout.mesh, P()))
 

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from hola_jax import LanguageModel, ModelConfig
 from hola_jax.array_types import Array
+from hola_jax.config import memory_work
+from hola_jax.memory.kernels import Choice, Implementation, choose
 from hola_jax.model import Params, weight_decay_mask
 from train import optimizer
 from train.shardings import TABLE, Specs, param_specs, placed
@@ -32,9 +34,30 @@ class Layout:
     mesh: Mesh
 
     @cached_property
+    def choice(self) -> Choice:
+        """What the mixer's memory runs by on this mesh's devices, which need not be there."""
+        work = memory_work(self.model)
+        if work is None:
+            return Choice("xla", "a Transformer has no memory; jax.nn.dot_product_attention")
+        sizes = self.mesh.shape
+        axis = "sequence" if sizes["sequence"] > 1 else None
+        platform = self.mesh.devices.flat[0].platform
+        return choose(self.model.implementation, work, axis, platform=platform, parts=sizes["tensor"])
+
+    @cached_property
     def abstract(self) -> LanguageModel:
-        """The model with shapes for parameters."""
-        return nnx.eval_shape(lambda: LanguageModel(self.model))
+        """The model with shapes for parameters, its memory's implementation chosen."""
+        chosen = None if self.model.mixer == "transformer" else self.choice.name
+        return self._abstract(self.model.implementation if chosen is None else chosen)
+
+    @cached_property
+    def abstract_by_xla(self) -> LanguageModel:
+        """The same by plain XLA, which the compiler divides by itself."""
+        return self._abstract("xla")
+
+    def _abstract(self, implementation: Implementation | None) -> LanguageModel:
+        model = dataclasses.replace(self.model, implementation=implementation)
+        return nnx.eval_shape(lambda: LanguageModel(model))
 
     @cached_property
     def _specs(self) -> tuple[Specs, list[str]]:

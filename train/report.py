@@ -7,10 +7,7 @@ from typing import Any
 
 import jax
 
-from hola_jax import ModelConfig
 from hola_jax.config import flops_per_token, parameter_count
-from hola_jax.memory.validate import choose_implementation
-from train.forward import sequence_axis
 from train.layout import Layout
 
 
@@ -21,6 +18,7 @@ class Report:
 
     parameters: int
     implementation: str
+    implementation_reason: str
     mesh: dict[str, int]
     argument_bytes: int
     output_bytes: int
@@ -44,7 +42,7 @@ class Report:
         return [
             f"mesh            {shape}",
             f"parameters      {self.parameters:,}",
-            f"implementation  {self.implementation}",
+            f"implementation  {self.implementation}: {self.implementation_reason}",
             f"memory          {self.peak_bytes / gib:.2f} GiB per device: {self.argument_bytes / gib:.2f} state and batch, "
             f"{self.temporary_bytes / gib:.2f} temporary",
             f"operations      {self.analytic_flops:.3g} per step; by the compiler and per device {compiler}",
@@ -53,20 +51,14 @@ class Report:
         ]
 
 
-def implementation_name(model: ModelConfig, axis: str | None) -> str:
-    """What runs the mixer's memory."""
-    if model.mixer == "transformer":
-        return "xla (jax.nn.dot_product_attention)"
-    return choose_implementation(model.implementation, axis)
-
-
 def report(compiled: jax.stages.Compiled, layout: Layout, rows: int, tokens: int, compile_seconds: float) -> Report:
     """What the compiled step for batches [rows, tokens] costs."""
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
     return Report(
         parameters=parameter_count(layout.model)["total"],
-        implementation=implementation_name(layout.model, sequence_axis(layout)),
+        implementation=layout.choice.name,
+        implementation_reason=layout.choice.why,
         mesh=dict(layout.mesh.shape),
         argument_bytes=getattr(memory, "argument_size_in_bytes", 0),
         output_bytes=getattr(memory, "output_size_in_bytes", 0),

@@ -34,8 +34,11 @@ def counters_before_device(own: Array, count: Array, state: MemoryState, axis: s
     return dataclasses.replace(state, document=document, document_start=start, position=position)
 
 
-def cache_before_device(piece: Piece, scores: Array, positions: Array, state: MemoryState, axis: str) -> MemoryState:
-    """`state` with the cache that this device's first block finds: each device sends the W best rows of its tokens."""
+def cache_before_device(
+    piece: Piece, scores: Array, positions: Array, state: MemoryState, document: Int32[Array, " B"], axis: str
+) -> MemoryState:
+    """`state` with the cache that this device's first block finds: each device sends the W best rows of its tokens.
+    `document` is that of the cache in `state`, which the first device finds; `state.document` is this device's."""
     window = state.cache_scores.shape[-1]
     own = run_rows(scores, piece.documents, jnp.asarray(window), window)
     filled = own.scores > -jnp.inf
@@ -50,7 +53,7 @@ def cache_before_device(piece: Piece, scores: Array, positions: Array, state: Me
     names = jnp.arange((devices + 1) * window, dtype=jnp.int32).reshape(devices + 1, 1, 1, window)
     names = jnp.broadcast_to(names, (devices + 1, *scores.shape[:2], window))
     elements = Rows(documents, all_scores, names[1:])
-    start = Rows(state.document, state.cache_scores, names[0])
+    start = Rows(document, state.cache_scores, names[0])
     before, _ = prefix_scan(lambda element, rows: merge(rows, element), merge, elements, start, "sequential")
     mine = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, lax.axis_index(axis), keepdims=False), before)
     take = jax.vmap(jax.vmap(lambda x, i: x[i]))

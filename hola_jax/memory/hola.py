@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from hola_jax.array_types import Array
-from hola_jax.memory import poison, validate
+from hola_jax.memory import kernels, poison, validate
 from hola_jax.memory.align import Inputs
 from hola_jax.memory.piece import run_piece
 from hola_jax.memory.reference import hola_reference
@@ -30,7 +30,7 @@ def hola_memory(
     config: MemoryConfig,
     segment_ids: Array | None = None,
     state: MemoryState | None = None,
-    implementation: validate.Implementation | None = None,
+    implementation: kernels.Implementation | None = None,
     check: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Array, MemoryState]:
@@ -43,15 +43,20 @@ def hola_memory(
                     see each other and padding is as if it were not there. None: all tokens belong to one document, that of
                     `state` where it has one.
     state           continues an earlier piece; None starts empty. One token with a state takes the decoding path.
-    implementation  "reference", "xla", "pallas" (TPU kernels) or "interpret" (their programs without a TPU, slowly). None
-                    is "xla"; a choice that cannot run raises NotImplementedError.
+    implementation  "reference", "xla", "pallas" (the platform's kernels), "pallas_tpu" (those of a TPU, which need not be
+                    there to compile for it) or "interpret" (their programs without a TPU, slowly). None takes kernels where
+                    platform and shape allow, and logs why not where they do not; a choice that cannot run raises
+                    NotImplementedError. Kernels need a single device or shard_map; axes that the shard_map leaves to the
+                    compiler divide the heads.
     check           also test what only values can tell (ranges, order of segment ids); inside jit it needs checkify.
     sequence_axis   inside shard_map: the mesh axis along which T is sharded, in parts of whole blocks; only the end of the
                     whole sequence may be padding. The state that comes back is that of the whole sequence.
     """
     inputs = Inputs(q, k, v, beta, log_decay)
     validate.inputs(inputs, cache_params, config, segment_ids, state, sequence_axis)
-    implementation = validate.choose_implementation(implementation, sequence_axis)
+    cache = {"window": config.window, "block": config.block}
+    work = kernels.work_of(q, k, v, channels=log_decay.ndim == 4, **cache)
+    chosen = kernels.choose(implementation, work, sequence_axis).name
     if check:
         validate.values(beta, log_decay, segment_ids, state, config, sequence_axis)
     batch, length = v.shape[:2]
@@ -68,13 +73,13 @@ def hola_memory(
     clear = poison.cleared(q, k, others, (state.fast_weights,), packed, state.document, sequence_axis, fresh=fresh)
     inputs = Inputs(clear.q, clear.k, *clear.others)
     state = dataclasses.replace(state, fast_weights=clear.states[0], config=config.meaning())
-    if implementation == "reference":
+    if chosen == "reference":
         out, state = hola_reference(*inputs, cache_params, config, documents, state)
     elif length == 1 and not fresh and sequence_axis is None:
         out, state = run_token(inputs, cache_params, config, documents[:, 0], state)
     else:
         out, state = run_piece(
-            inputs, cache_params, config, documents, several, state, fresh, sequence_axis, implementation
+            inputs, cache_params, config, documents, several, state, fresh, sequence_axis, kernels.kernels(chosen)
         )
     fast_weights = poison.spoil(state.fast_weights, clear.spoilt_last)
     return poison.spoil(out, clear.spoilt), dataclasses.replace(state, fast_weights=fast_weights)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hola_jax.array_types import Array, Float, Int, Int32
-from hola_jax.memory import poison, validate
+from hola_jax.memory import by_kernels, kernels, poison, validate
 from hola_jax.memory.decay import document_before
 from hola_jax.memory.delta_rule import HIGHEST, choose_scan, delta_rule, delta_rule_token
 from hola_jax.memory.diagonal import gated_linear_attention
@@ -45,7 +45,7 @@ def linear_memory(
     scan: Scan = "auto",
     segment_ids: Array | None = None,
     state: LinearState | None = None,
-    implementation: validate.Implementation | None = None,
+    implementation: kernels.Implementation | None = None,
     check: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Array, LinearState]:
@@ -61,7 +61,7 @@ def linear_memory(
                     see each other and padding is as if it were not there. None: all tokens belong to one document, that of
                     `state` where it has one.
     state           continues an earlier piece; None starts empty. One token with a state takes the decoding path.
-    implementation  None chooses; a choice that cannot run raises NotImplementedError.
+    implementation  as in `hola_memory`; there are kernels for the delta rule with one decay per token.
     check           also test what only values can tell (ranges, order of segment ids); inside jit it needs checkify.
     sequence_axis   inside shard_map: the mesh axis along which T is sharded. The state that comes back is that of the whole
                     sequence.
@@ -69,7 +69,9 @@ def linear_memory(
     validate.qkv(q, k, v, beta, log_decay)
     batch, length, heads, value_dim = v.shape
     validate.segments(segment_ids, batch, length)
-    implementation = validate.choose_run(implementation, chunk, scan, sequence_axis)
+    validate.chunks(chunk, scan)
+    work = kernels.work_of(q, k, v, delta=beta is not None, channels=log_decay.ndim == 4)
+    chosen = kernels.choose(implementation, work, sequence_axis).name
     fresh = state is None
     if state is None:
         state = init_linear_state(batch, heads, k.shape[3], value_dim)
@@ -84,11 +86,33 @@ def linear_memory(
     clear = poison.cleared(q, k, others, (state.fast_weights,), several, document, sequence_axis, fresh=fresh)
     (values, log_decay, *gate), (fast_weights,) = clear.others, clear.states
     beta = gate[0] if gate else None
-    q, k = (unit_l2(x) if normalise else x.astype(jnp.float32) for x in (clear.q, clear.k))
     before, last = documents_around(documents, document, sequence_axis)
-    if implementation == "reference":
+    one_token = length == 1 and not fresh and sequence_axis is None
+    by_kernel = None if one_token else kernels.kernels(chosen)
+    if by_kernel is not None:
+        assert beta is not None
+        out, _, final = by_kernels.delta_rule(
+            by_kernel,
+            clear.q,
+            clear.k,
+            values,
+            beta,
+            log_decay,
+            scale=scale,
+            normalise=normalise,
+            documents=several,
+            initial=fast_weights,
+            initial_document=before,
+            magnitude=None,
+            out_dtype=v.dtype,
+            sequence_axis=sequence_axis,
+        )
+        out = poison.spoil(out, clear.spoilt)
+        return out, LinearState(poison.spoil(final, clear.spoilt_last), last)
+    q, k = (unit_l2(x) if normalise else x.astype(jnp.float32) for x in (clear.q, clear.k))
+    if chosen == "reference":
         out, final = linear_reference(q, k, values, beta, log_decay, scale, documents, fast_weights, before)
-    elif length == 1 and not fresh and sequence_axis is None:
+    elif one_token:
         out, final = _token(q, k, values, beta, log_decay, scale, documents[:, 0], fast_weights, before)
     elif beta is None:
         out, final = gated_linear_attention(

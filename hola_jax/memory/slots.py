@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hola_jax.array_types import Array, Float, Int32
-from hola_jax.memory import poison, validate
+from hola_jax.memory import kernels, poison, validate
 from hola_jax.memory.decay import DocumentMasks, decayed_products, decayed_sums, decays
 from hola_jax.memory.delta_rule import HIGHEST, choose_scan, from_chunks
 from hola_jax.memory.diagonal import Element, States, chunked, run_chunks
@@ -54,7 +54,7 @@ def slot_memory(
     chunk: int = 64,
     segment_ids: Array | None = None,
     state: SlotState | None = None,
-    implementation: validate.Implementation | None = None,
+    implementation: kernels.Implementation | None = None,
     check: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Array, SlotState]:
@@ -68,7 +68,8 @@ def slot_memory(
     batch, length, heads, value_dim = v.shape
     slots, key_dim = log_forget.shape[3], k.shape[3]
     validate.segments(segment_ids, batch, length)
-    implementation = validate.choose_run(implementation, chunk, "auto", sequence_axis)
+    validate.chunks(chunk, "auto")
+    chosen = kernels.choose(implementation, kernels.work_of(q, k, v, delta=False), sequence_axis).name
     fresh = state is None
     if state is None:
         state = init_slot_state(batch, heads, slots, key_dim, value_dim)
@@ -85,7 +86,7 @@ def slot_memory(
     before, last = documents_around(documents, document, sequence_axis)
     (values, log_forget), (slot_keys, slot_values) = clear.others, clear.states
     q, k, states = clear.q, clear.k, (slot_keys, slot_values)
-    if implementation == "reference":
+    if chosen == "reference":
         out, states = slot_reference(q, k, values, log_forget, documents, states, before)
     elif length == 1 and not fresh and sequence_axis is None:
         out, states = _token(q, k, values, log_forget, documents[:, 0], states, before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,6 @@ from jax.experimental import checkify
 
 from hola_jax.array_types import Array
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState, Scan
-
-Implementation = Literal["reference", "xla", "pallas", "interpret"]
 
 
 def _is_float(name: str, x: Any) -> None:
@@ -60,42 +58,12 @@ def segments(segment_ids: Array | None, batch: int, length: int) -> None:
     _has_shape("segment_ids", segment_ids, (batch, length), "B T", f"{batch} rows of {length} tokens")
 
 
-def choose_implementation(implementation: Implementation | None, sequence_axis: str | None) -> Implementation:
-    """The implementation that runs: None is "xla", which runs on every platform. One that cannot is refused, with why.
-
-    "pallas" takes TPU kernels for many tokens at once; "interpret" runs their programs without a TPU, slowly, for tests.
-    """
-    if implementation is None:
-        return "xla"
-    if implementation not in get_args(Implementation):
-        names = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"implementation is {implementation!r}; it must be None or one of {names}")
-    if implementation == "pallas" and jax.default_backend() != "tpu":
-        raise NotImplementedError(
-            f"implementation='pallas': its kernels are for TPUs, and this is {jax.default_backend()}; "
-            "use implementation='xla' (or None), which runs on every platform, or 'interpret', which runs the kernels slowly"
-        )
-    if implementation != "xla" and sequence_axis is not None:
-        raise NotImplementedError(
-            f"implementation={implementation!r} runs on whole sequences; with sequence_axis={sequence_axis!r} use 'xla' "
-            "(or None)"
-        )
-    return implementation
-
-
-def choose_run(
-    implementation: Implementation | None, chunk: int, scan: Scan, sequence_axis: str | None
-) -> Implementation:
-    """The implementation that runs, for memories whose chunk and scan are arguments and not part of a configuration."""
+def chunks(chunk: int, scan: Scan) -> None:
+    """Of memories whose chunk and scan are arguments and not part of a configuration."""
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk is {chunk!r}; it must be an integer of at least 1")
     if scan not in get_args(Scan):
         raise ValueError(f"scan is {scan!r}; it must be one of {list(get_args(Scan))}")
-    if implementation in ("pallas", "interpret"):
-        raise NotImplementedError(
-            f"implementation={implementation!r}: this memory has no kernels; use 'xla' (or None), which runs everywhere"
-        )
-    return choose_implementation(implementation, sequence_axis)
 
 
 def check_state(given: Any, kind: type, origin: str, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -1,5 +1,6 @@
 """Law 7 for the memory: any mesh of eight devices is one device, and what travels does not grow with the sequence."""
 
+import dataclasses
 import re
 
 import jax
@@ -120,3 +121,42 @@ def test_batch_and_heads_may_be_sharded_by_the_compiler():
     expected, expected_state = compiled(CONFIG)(arrays)
     assert_close(out, expected)
     assert_same_state(state, expected_state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_hand", ["sequence", "data"])
+def test_kernels_on_parts_of_tokens_or_rows_and_heads_give_what_one_device_gives(by_hand):
+    """By the interpreter: tokens or rows by hand, heads along "tensor", which is left to the compiler."""
+    tokens, rows = (P(None, "sequence"), P()) if by_hand == "sequence" else (P("data"), P("data"))
+    arrays, segments = inputs(5, 32, key_heads=2), layout("documents")[:, :32]
+    _, before = compiled(CONFIG)(inputs(4, 16, key_heads=2))
+    segments[1, 20:] = 9
+
+    def on_mesh(arrays, segment_ids, state, params):
+        def run(*given):
+            *arrays, segment_ids, state, params = given
+            options = {"segment_ids": segment_ids, "state": state}
+            options |= {"sequence_axis": "sequence"} if by_hand == "sequence" else {}
+            return hola_memory(*arrays, params, config=CONFIG, implementation="interpret", **options)
+
+        devices = mesh((2, by_hand), (2, "tensor"))
+        specs = {"in_specs": (*[tokens] * 6, rows, P()), "out_specs": (tokens, rows)}
+        mapped = jax.shard_map(run, mesh=devices, axis_names={by_hand}, check_vma=False, **specs)
+        return mapped(*arrays, segment_ids, state, params)
+
+    def gradient(run):
+        def loss(arrays, params, weights):
+            state = dataclasses.replace(before, fast_weights=weights)
+            out, after = run(arrays, segments, state, params)
+            kept = jnp.sum(jnp.cos(after.cache_keys)) + jnp.sum(jnp.tanh(after.fast_weights))
+            return jnp.sum(jnp.sin(out)) + kept, (out, after)
+
+        of = (arrays, PARAMS, before.fast_weights)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*of)
+
+    got, (out, after) = gradient(on_mesh)
+    wanted, (expected, expected_after) = gradient(compiled(CONFIG))
+    assert_close(out, expected)
+    assert_same_state(after, expected_after)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, atol=1e-4)

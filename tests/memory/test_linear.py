@@ -59,7 +59,7 @@ def with_gradients(memory: Any, tokens: Tokens, ids: Any, state: LinearState, se
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(tokens, state.fast_weights)
 
 
-xla, reference = partial(run), partial(run, implementation="reference")
+xla, reference, by_kernels = (partial(run, implementation=name) for name in ("xla", "reference", "interpret"))
 
 
 def whole(tokens: Tokens, ids: Any, state: LinearState, memory: Any = xla) -> tuple[jax.Array, LinearState]:
@@ -110,6 +110,15 @@ def test_chunks_are_the_recurrence_forward_and_backward(memory: str, gates: str)
     tokens = GATES[gates](tokens_of(memory))
     for ids in (one_document(), packed()):
         fast, slow = (with_gradients(f, tokens, ids, random_state(), jnp.ones(T)) for f in (xla, reference))
+        close(fast[1], slow[1])
+        close(fast[0], slow[0], 2e-4 if gates != "beta 1, repeated keys" else 1e-3)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_the_delta_rules_kernel_is_the_recurrence_forward_and_backward(gates: str) -> None:
+    tokens = GATES[gates](tokens_of("gdn"))
+    for ids in (one_document(), packed()):
+        fast, slow = (with_gradients(f, tokens, ids, random_state(), jnp.ones(T)) for f in (by_kernels, reference))
         close(fast[1], slow[1])
         close(fast[0], slow[0], 2e-4 if gates != "beta 1, repeated keys" else 1e-3)
 
@@ -329,8 +338,13 @@ def test_types_and_kernels_that_are_not_there_are_refused() -> None:
     tokens = tokens_of("gdn")
     with pytest.raises(TypeError, match="state is a tuple; it must be a LinearState"):
         run(tokens, None, (1, 2))  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="pallas"):
+    with pytest.raises(
+        NotImplementedError, match=r"there are kernels for .*, and this is cpu; use implementation='xla'"
+    ):
         run(tokens, None, None, implementation="pallas")
+    for memory, reason in (("kda", "not one per key channel"), ("gla", "does not write by the delta rule")):
+        with pytest.raises(NotImplementedError, match=reason):
+            run(tokens_of(memory), None, None, implementation="interpret")
     with pytest.raises(NotImplementedError, match="reference"):
         run(tokens, None, None, implementation="reference", sequence_axis="sequence")
 

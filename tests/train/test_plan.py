@@ -143,6 +143,19 @@ def test_a_batched_product_spelt_as_a_convolution_is_counted_as_the_product():
     assert got.seconds == pytest.approx(1e-3) and got.roofline < 1e-6  # the compiler's own estimate is longer
 
 
+def test_a_pallas_kernels_operations_are_those_declared_and_its_bytes_those_of_its_arrays():
+    line = (
+        'custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":'
+        '{"cost_estimate":{"flops":"8000","bytes_accessed":"1"}}}'
+    )
+    plain, exact = tpu_program(line), tpu_program(line)
+    kernel = exact.entry.instructions.pop("c")
+    exact.entry.instructions["c"] = dataclasses.replace(kernel, name="delta_rule_forward.1")
+    got, passed = cost(plain, CHIPS["v5e"]), cost(exact, CHIPS["v5e"])
+    assert got.flops == got.passes == passed.flops == 8000 and passed.passes == 6 * 8000
+    assert got.traffic == 4 * 64 * 32 * 4  # `b` and the result lie in fast memory
+
+
 def fake(**fields):
     return types.SimpleNamespace(**fields)
 
@@ -234,7 +247,15 @@ def test_a_plan_of_host_devices_says_and_saves_everything(config_file, tmp_path,
     arguments = ["plan", config_file, "--topology", "cpu:8", "--mesh.data=2", "--mesh.fsdp=4", f"--out={out}"]
     cli.main(arguments)
     said = capsys.readouterr().out
-    for word in ("mesh data 2 x fsdp 4", "optimizer moments", "fits:", "all-gather", "predicted, not measured", "MFU"):
+    for word in (
+        "mesh data 2 x fsdp 4",
+        "optimizer moments",
+        "fits:",
+        "all-gather",
+        "predicted, not measured",
+        "MFU",
+        "there are no kernels for cpu",
+    ):
         assert word in said
     saved = json.loads(out.read_text())
     plan, model = saved["best"], tiny_config("run").model

@@ -1,8 +1,9 @@
 """What a compiled program does on one chip, loops as often as they run: operations, HBM traffic, collectives.
 
 A kernel is an instruction outside fusions. What it reads and writes is counted from shapes, slices as what they take;
-arrays that the compiler keeps in the chip's fast memory are not HBM traffic. A kernel takes as long as its products or its
-traffic, whichever is longer; copies that run beside the kernels count as traffic alone.
+arrays that the compiler keeps in the chip's fast memory are not HBM traffic. A Pallas kernel's operations are those that its
+author declared. A kernel takes as long as its products or its traffic, whichever is longer; copies that run beside the
+kernels count as traffic alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "al
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 SLICES = ("dynamic-slice", "slice", "gather")
 UNKNOWN = 2**62  # cycles that the compiler gives where it has no estimate
+EXACT = ("delta_rule",)  # names of kernels whose products are float32 at the highest precision
 BESIDE = ("copy-start", "slice-start", "dynamic-slice-start")
 
 
@@ -123,6 +125,9 @@ class Walk:
 
     def _products(self, computation: Computation, each: Instruction) -> tuple[float, float]:
         """(operations, operations as the chip passes them) of a kernel's matrix products."""
+        if declared := each.attribute(r'"cost_estimate":\{"flops":"(\d+)"'):
+            exact = each.name.startswith(EXACT)
+            return float(declared), float(declared) * (self.chip.float32_passes[True] if exact else 1.0)
         if found := product(each, computation):
             flops, operand = found
             return flops, flops * (self.chip.float32_passes[highest(each)] if operand.dtype == "f32" else 1.0)

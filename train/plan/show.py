@@ -48,7 +48,8 @@ def lines(plan: Plan, topology: Topology) -> list[str]:
     ]
     if plan.memory is None or plan.report is None:
         return [*said, f"one chip: {verdict(plan)}", *remedy(plan)]
-    said += [f"{plan.report.parameters:,} parameters; memory by {plan.report.implementation}", "", "memory of one chip"]
+    by = f"{plan.report.implementation} ({plan.report.implementation_reason})"
+    said += [f"{plan.report.parameters:,} parameters; the mixer's memory by {by}", "", "memory of one chip"]
     said += [f"  {NAMES[kind]:<34}{amount(size):>12}" for kind, size in dataclasses.asdict(plan.memory).items() if size]
     said += [f"  {'total':<34}{amount(plan.memory.total):>12}   {verdict(plan)}", *remedy(plan), ""]
     return said + operations(plan) + talk(plan) + prediction(plan, topology)

@@ -1,0 +1,125 @@
+"""Which implementation runs: what the platform's kernels take, what they refuse and why, and a word in the log."""
+
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from hola_jax import preset
+from hola_jax.config import memory_work
+from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, linear_memory
+from hola_jax.memory import kernels as choosing
+from hola_jax.memory.kernels import choose
+
+PAPER = memory_work(preset("hola-340m"))
+
+
+def on_tpu(work, asked=None, parts=1):
+    return choose(asked, work, platform="tpu", parts=parts)
+
+
+@pytest.mark.parametrize("name", ["hola-340m", "gdn-340m", "hola-46m", "deltanet-170m"])
+def test_the_papers_shapes_run_by_kernels_on_a_tpu(name):
+    work = memory_work(preset(name))
+    assert on_tpu(work) == ("pallas_tpu", "tpu kernels take this shape")
+    assert on_tpu(work, "pallas", parts=4) == on_tpu(work, "pallas_tpu") == ("pallas_tpu", "asked for")
+
+
+NO_KERNEL = {
+    "K is 96; .* takes 64, 128 or 256": PAPER._replace(key_dim=96),
+    "float16": PAPER._replace(dtypes=("float16",) * 3),
+    "window=4096.* MiB on the chip": PAPER._replace(window=4096),
+    "window=0 keeps no cache": PAPER._replace(window=0),
+    "not one per key channel": memory_work(preset("kda-340m")),
+    "does not write by the delta rule": memory_work(preset("gla-340m")),
+}
+
+
+@pytest.mark.parametrize("reason", NO_KERNEL)
+def test_what_the_kernels_do_not_take_runs_by_xla_with_the_reason_and_is_refused_where_asked_for(reason):
+    work = NO_KERNEL[reason]
+    found = on_tpu(work)
+    assert found.name == "xla" and re.search(reason, found.why), found.why
+    for asked in ("pallas", "pallas_tpu"):
+        with pytest.raises(NotImplementedError, match=f"implementation='{asked}': .*({reason})"):
+            on_tpu(work, asked)
+
+
+def test_a_platform_without_kernels_is_named():
+    assert choose(None, PAPER, platform="rocm", parts=1) == ("xla", "there are no kernels for rocm")
+    for asked in ("pallas", "pallas_tpu"):
+        with pytest.raises(NotImplementedError, match=f"{asked}': there are kernels for .*tpu.*, and this is rocm"):
+            choose(asked, PAPER, platform="rocm", parts=1)
+
+
+def test_heads_that_do_not_divide_over_devices_are_no_work_for_kernels():
+    assert "do not divide over 3 devices" in on_tpu(PAPER, parts=3).why
+    with pytest.raises(NotImplementedError, match="do not divide over 3 devices"):
+        on_tpu(PAPER, "pallas", parts=3)
+
+
+def traced(implementation=None, width=64):
+    """The jaxpr of a bare call whose shapes the kernels take; nothing is computed."""
+    shapes = [(1, 128, 2, width)] * 3 + [(1, 128, 2)] * 2
+    params = CacheParams(*[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (width, width, 2, 2)])
+
+    def run(arrays, params):
+        return hola_memory(*arrays, params, config=MemoryConfig(window=8, block=128), implementation=implementation)
+
+    return str(jax.make_jaxpr(run)([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], params))
+
+
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(choosing, "platform_here", lambda: "tpu")
+    choosing._say_once.cache_clear()
+
+
+def test_a_bare_call_takes_the_kernels_of_a_single_tpu(as_on_a_tpu, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with caplog.at_level(logging.INFO, "hola_jax"):
+        assert all("pallas_call" in traced() for _ in range(2))
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", "the memory runs by pallas_tpu: tpu kernels take this shape")
+    ]
+
+
+def test_a_bare_call_beside_several_tpus_runs_by_xla_and_says_so(as_on_a_tpu, caplog):
+    assert "pallas_call" not in traced()
+    assert "pallas_call" in traced("pallas")
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "the memory runs by xla: there are 8 devices and no shard_map" in caplog.text
+
+
+def test_a_call_in_a_shard_map_takes_kernels_and_heads_go_by_the_axes_left(as_on_a_tpu):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(2, 128, 4, 64)] * 3 + [(2, 128, 4)] * 2]
+
+    def run(*arrays):
+        return linear_memory(*arrays, scale=1.0)[0]
+
+    split = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": False}
+    text = str(jax.make_jaxpr(jax.shard_map(run, mesh=mesh, axis_names={"data"}, **split))(*shapes))
+    assert text.count("shard_map") == 2 and "pallas_call" in text
+    assert "f32[1,128,128]" in text  # one head of 64, padded to 128 lanes, on each device
+    assert "f32[1,128,512]" not in text  # ... and not four
+    few = [jax.ShapeDtypeStruct((*x.shape[:2], 2, *x.shape[3:]), jnp.float32) for x in shapes]
+    text = str(jax.make_jaxpr(jax.shard_map(run, mesh=mesh, axis_names={"data"}, **split))(*few))
+    assert "pallas_call" not in text  # two heads do not divide over four devices
+
+
+def test_a_bare_call_hears_why_a_tpus_kernels_cannot_run_without_one():
+    with pytest.raises(NotImplementedError, match="K is 96; the Pallas delta rule takes 64, 128 or 256"):
+        traced("pallas_tpu", width=96)
+    assert "pallas_call" in traced("pallas_tpu")
+
+
+def test_the_default_device_decides_for_a_bare_call():
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert choosing.platform_here() == "cpu"
+    with jax.default_device("cpu"):
+        assert choosing.platform_here() == "cpu"
