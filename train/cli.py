@@ -10,6 +10,7 @@ from typing import Protocol
 import tyro
 
 from train.config import RunError
+from train.convert import Convert
 from train.data.prepare import Prepare
 from train.demo import Demo
 
@@ -68,7 +69,13 @@ class Plan:
             sys.exit(code)
 
 
-VERBS: dict[str, Callable[..., Command]] = {"train": Train, "plan": Plan, "demo": Demo, "prepare": Prepare}
+VERBS: dict[str, Callable[..., Command]] = {
+    "train": Train,
+    "plan": Plan,
+    "demo": Demo,
+    "prepare": Prepare,
+    "convert": Convert,
+}
 
 
 def said_in_a_line(action: Callable[[], object]) -> None:

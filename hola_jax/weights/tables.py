@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -132,6 +133,17 @@ def shape_there(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 def as_stored(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
     """A file's shape as `shape_there` would give it."""
     return tuple(n for n in shape if n > 1) or (1,) if row.key in _VECTORS else shape
+
+
+def cast(params: Params, dtype: str | None) -> Params:
+    """The parameters with matrices of type `dtype` and vectors of float32; as they are where it is None."""
+
+    def one(path: tuple[Any, ...], x: Any) -> Any:
+        kind = kept_type(dtype, x, jax.tree_util.keystr(path[:1], simple=True) == "blocks")
+        return x if x.dtype == kind else x.astype(kind)
+
+    found: Params = jax.tree.map_with_path(one, params)
+    return found
 
 
 def kept_type(dtype: str | None, x: Any, layers_axis: bool) -> jnp.dtype:
