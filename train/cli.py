@@ -13,6 +13,7 @@ from train.config import RunError
 from train.convert import Convert
 from train.data.prepare import Prepare
 from train.demo import Demo
+from train.export import Export
 
 
 class Command(Protocol):
@@ -75,6 +76,7 @@ VERBS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "prepare": Prepare,
     "convert": Convert,
+    "export": Export,
 }
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import struct
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from hola_jax import LanguageModel, MemoryConfig, functional, weights
 from tests.laws.mixers import MIXERS, small
+from tests.weights.broken import BROKEN
 
 HAVE_TABLES = ["hola", "gated_deltanet", "transformer"]
 HEADS = {"heads": 4, "key_heads": 2, "key_dim": 8, "value_dim": 12}
@@ -247,26 +247,6 @@ def test_a_stored_head_that_is_the_embedding_is_tied(tmp_path):
     rewritten(folder, lambda held: {**held, "lm_head.weight": held["model.embeddings.weight"] + 1})
     with pytest.raises(ValueError, match=r"lm_head\.weight that is not its embedding"):
         weights.load(folder)
-
-
-def header(entries, data=b""):
-    text = json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-BROKEN = {
-    "empty": b"",
-    "a length alone": struct.pack("<Q", 2),
-    "a header of a petabyte": struct.pack("<Q", 10**15) + b"{}",
-    "a header beyond the file": struct.pack("<Q", 5000) + b"{}",
-    "no JSON": struct.pack("<Q", 4) + b"abcd",
-    "tensors that overlap": header({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
-    "a shape that its bytes do not fill": header({"a": {**ENTRY, "shape": [3]}}, bytes(8)),
-    "a shape that overflows": header({"a": {**ENTRY, "shape": [2**40, 2**40]}}, bytes(8)),
-    "four terabytes": header({"a": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}, bytes(8)),
-    "a pickle": b"\x80\x04\x95" + bytes(100),
-}
 
 
 @pytest.mark.parametrize("name", BROKEN)
