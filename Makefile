@@ -2,14 +2,17 @@
 #
 #   make test PYTHON=python3.12     another interpreter than the newest
 #   make unit PYTEST="-n 0 -x"      other pytest options
+#   make test-torch TORCH=FILE      a CPU build of torch; what PyPI has for Linux brings gigabytes of CUDA
 
 PYTHON ?=
 PYTEST ?= -n 2 --dist loadfile --max-worker-restart 0
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+TORCH ?= torch==2.13.0
+TORCHED := .venv-torch/bin
 TYPED := $(wildcard hola_jax train pallas_kernels)
 
-.PHONY: help setup test lint unit oldest format demo bench-cpu clean
+.PHONY: help setup test lint unit oldest test-torch format demo bench-cpu clean
 .NOTPARALLEL:
 
 help: ## what there is
@@ -41,6 +44,12 @@ oldest: setup ## the laws on Python 3.11 and the oldest jax, where Python 3.11 i
 	    3) echo "oldest: no Python 3.11 here, so the laws ran on .venv's Python alone" ;; \
 	    *) exit $$status ;; \
 	esac
+
+test-torch: ## imported weights against torch and transformers, in an environment of its own
+	@PYTHON="$(PYTHON)" sh tools/setup.sh .venv-torch 3.11 3.12 3.13
+	$(TORCHED)/python -c "import torch, transformers" 2>/dev/null || \
+	    $(TORCHED)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt transformers $(TORCH)
+	$(TORCHED)/python -m pytest tests/weights/test_agreement.py -rs $(PYTEST)
 
 format: setup ## rewrite the sources as ruff likes them
 	$(BIN)/python -m ruff check --fix

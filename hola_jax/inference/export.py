@@ -27,13 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import export as jax_export
-from safetensors.numpy import save_file
 
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.config import DType, ModelConfig
 from hola_jax.inference import artifact
 from hola_jax.model import LanguageModel, Params, init_state, state_bytes
-from hola_jax.weights.files import whole_folder
+from hola_jax.weights.files import whole_folder, write_file
 from hola_jax.weights.tables import abstract_params, cast
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -84,7 +83,7 @@ def export(
     with whole_folder(Path(folder)) as part:
         for name, program in programs.items():
             (part / f"{name}.stablehlo").write_bytes(program.mlir_module_serialized)
-        save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, part / "model.safetensors")
+        write_file(part / "model.safetensors", {name: np.ascontiguousarray(x) for name, x in weights.items()})
         (part / "export.json").write_text(json.dumps(about, indent=2) + "\n")
         (part / "load.py").write_text(Path(artifact.__file__).read_text())
         return {file.name: file.stat().st_size for file in sorted(part.iterdir())}

@@ -121,11 +121,17 @@ def write(
     names = [SINGLE] if len(shards) == 1 else names
     for name, keys in zip(names, shards, strict=True):
         arrays = {key: np.ascontiguousarray(make(key)) for key in keys}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
+        write_file(folder / name, arrays)
     if len(shards) > 1:
         places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """A safetensors file that transformers takes too, readable by whom the folder is."""
+    save_file(arrays, file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)  # the library's own choice is the owner alone
 
 
 @contextmanager
