@@ -2,16 +2,17 @@
 #
 #   make test PYTHON=python3.12     another interpreter than the newest
 #   make unit PYTEST="-n 0 -x"      other pytest options
+#   make test-torch TORCH=FILE      a CPU build of torch; what PyPI has for Linux brings gigabytes of CUDA
 
 PYTHON ?=
 PYTEST ?= -n 2 --dist loadfile --max-worker-restart 0
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
-LM_EVAL := .venv-lm-eval/bin
 TORCH ?= torch==2.13.0
+TORCHED := .venv-torch/bin
 TYPED := $(wildcard hola_jax train pallas_kernels)
 
-.PHONY: help setup test lint unit oldest test-lm-eval format demo bench-cpu bench-tpu-compile bench-gpu-compile clean
+.PHONY: help setup test lint unit oldest test-torch format demo bench-cpu bench-tpu-compile bench-gpu-compile clean
 .NOTPARALLEL:
 
 help: ## what there is
@@ -42,12 +43,12 @@ oldest: setup ## the laws on Python 3.11 and the oldest jax, where Python 3.11 i
 	    *) exit $$status ;; \
 	esac
 
-# Apart from `make test`, which never downloads torch: lm-eval wants it. TORCH=... names another build or a wheel.
-test-lm-eval: ## the adapter to the lm-eval package, in an environment of its own (downloads torch)
-	@PYTHON= sh tools/setup.sh .venv-lm-eval 3.11 3.12 3.13
-	$(LM_EVAL)/python -c 'import torch' 2>/dev/null || $(LM_EVAL)/python -m pip install --quiet $(TORCH)
-	$(LM_EVAL)/python -c 'import lm_eval' 2>/dev/null || $(LM_EVAL)/python -m pip install --quiet -c constraints.txt 'lm_eval'
-	$(LM_EVAL)/python -m pytest tests/evals/test_harness.py -n 0
+# Apart from `make test`, which never downloads torch. TORCH=... names another build or a wheel.
+test-torch: ## what needs torch, in an environment of its own: imported weights against transformers, the lm-eval adapter
+	@PYTHON="$(PYTHON)" sh tools/setup.sh .venv-torch 3.11 3.12 3.13
+	$(TORCHED)/python -c "import torch, transformers, lm_eval" 2>/dev/null || \
+	    $(TORCHED)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH) transformers lm_eval
+	$(TORCHED)/python -m pytest tests/weights/test_agreement.py tests/evals/test_harness.py -rs $(PYTEST)
 
 format: setup ## rewrite the sources as ruff likes them
 	$(BIN)/python -m ruff check --fix

@@ -10,9 +10,11 @@ from typing import Protocol
 import tyro
 
 from train.config import RunError
+from train.convert import Convert
 from train.data.prepare import Prepare
 from train.demo import Demo
 from train.evaluate import Evaluate
+from train.export import Export
 from train.generate import Generate
 from train.serve import Serve
 
@@ -78,6 +80,8 @@ VERBS: dict[str, Callable[..., Command]] = {
     "generate": Generate,
     "serve": Serve,
     "eval": Evaluate,
+    "convert": Convert,
+    "export": Export,
     "demo": Demo,
 }
 

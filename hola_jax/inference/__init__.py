@@ -1,4 +1,4 @@
-"""Inference: prompts read in pieces, tokens written in a compiled loop, memories kept and restored."""
+"""From a trained model to text, to memories in files, and to other programs."""
 
 from hola_jax.inference.generator import Completion, Delta, Generator, Request, generate
 from hola_jax.inference.prefix import Prefix
