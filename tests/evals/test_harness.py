@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-lm_eval = pytest.importorskip("lm_eval", reason="the lm-eval package is not installed; `make test-lm-eval` installs it")
+lm_eval = pytest.importorskip("lm_eval", reason="the lm-eval package is not installed; `make test-torch` installs it")
 
 from lm_eval.tasks.wikitext import preprocess_wikitext  # noqa: E402
 
