@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from hola_jax import LanguageModel, ModelConfig
 from hola_jax.array_types import Array
 from hola_jax.config import memory_work
-from hola_jax.memory.kernels import Choice, Implementation, choose
+from hola_jax.memory.kernels import Choice, Implementation, choose, platform_of
 from hola_jax.model import Params, weight_decay_mask
 from train import optimizer
 from train.shardings import TABLE, Specs, param_specs, placed
@@ -41,7 +41,7 @@ class Layout:
             return Choice("xla", "a Transformer has no memory; jax.nn.dot_product_attention")
         sizes = self.mesh.shape
         axis = "sequence" if sizes["sequence"] > 1 else None
-        platform = self.mesh.devices.flat[0].platform
+        platform = platform_of(self.mesh.devices.flat[0])
         return choose(self.model.implementation, work, axis, platform=platform, parts=sizes["tensor"])
 
     @cached_property

@@ -1,7 +1,9 @@
-"""The phases of `piece` by a platform's kernels: all in one, or the state path in one and merge and read in another."""
+"""The phases of `piece` by a platform's kernels: all in one, or the state path in one and merge and read in another; and
+one token in one kernel."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,15 +12,17 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Float, Int, Int32
-from hola_jax.memory.align import Piece
+from hola_jax.memory.align import Inputs, Piece
 from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.delta_rule import Affine, DeltaRuleResult, Magnitude, act
 from hola_jax.memory.exact_cache import magnitude_kind, token_scores
 from hola_jax.memory.kernels import Kernels, divided
 from hola_jax.memory.scan import axis_scan
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
+from hola_jax.memory.token import run_token
 from pallas_kernels.cache import Cache
 from pallas_kernels.hola import Earlier, Hola, Learned
+from pallas_kernels.step import Memory
 
 TOKENS, ROWS, WHOLE = P(None, None, "heads"), P(None, "heads"), P()  # [B, T, H, ..], [B, H, ..], not by head
 
@@ -193,7 +197,7 @@ def in_one(
     documents = piece.documents if piece.several else None
     try:
         found = divided(call, in_specs, Hola(TOKENS, ROWS, ROWS, rows))(  # type: ignore[arg-type]
-            inputs, _learned(piece, params, config), earlier, given, documents, positions[:, 0], whole
+            inputs, _learned(inputs, params, config), earlier, given, documents, positions[:, 0], whole
         )
     except NotImplementedError:
         return None
@@ -201,9 +205,63 @@ def in_one(
     return found.out, found.scores, found.state, Kept(*kept)
 
 
-def _learned(piece: Piece, params: CacheParams, config: MemoryConfig) -> Learned:
+def one_token(
+    kernels: Kernels,
+    inputs: Inputs,
+    params: CacheParams,
+    config: MemoryConfig,
+    document: Int32[Array, " B"],
+    state: MemoryState,
+) -> tuple[Array, MemoryState] | None:
+    """As `token.run_token`, through which its gradient goes; None where the platform has no kernel for it, or the kernel
+    does not take the shape."""
+    if kernels.step is None:
+        return None
+    token = kernels.step
+    magnitude = magnitude_kind(config)
+
+    def call(inputs: Any, learned: Any, memory: Any, given: Any, document: Any) -> Any:
+        return token(
+            *(x[:, 0] for x in inputs),
+            learned,
+            memory,
+            document,
+            scale=config.scale(inputs.k.shape[-1]),
+            score=magnitude if given is None else given,
+            read=config.read,
+            interpret=kernels.interpret,
+        )
+
+    @jax.custom_vjp
+    def step(inputs: Inputs, params: CacheParams, state: MemoryState) -> tuple[Array, MemoryState]:
+        given = None
+        if magnitude is None:
+            given = token_scores(config, None, inputs.v[:, 0], inputs.beta[:, 0], state.position)
+        memory = Memory(*(getattr(state, name) for name in Memory._fields))
+        by_head = P(None, "heads")
+        rows = Memory(*[by_head] * 8, *[WHOLE] * 3)  # type: ignore[arg-type]
+        in_specs = (TOKENS, P("heads"), rows, by_head, WHOLE)
+        run = divided(call, in_specs, (by_head, rows))
+        out, after = run(inputs, _learned(inputs, params, config), memory, given, document)
+        return out[:, None], dataclasses.replace(state, **after._asdict())
+
+    def through_xla(given: Any, cotangents: Any) -> Any:
+        def same(inputs: Inputs, params: CacheParams, state: MemoryState) -> tuple[Array, MemoryState]:
+            return run_token(inputs, params, config, document, state)
+
+        return jax.vjp(same, *given)[1](cotangents)
+
+    step.defvjp(lambda *given: (step(*given), given), through_xla)
+    try:
+        result: tuple[Array, MemoryState] = step(inputs, params, state)
+    except NotImplementedError:
+        return None
+    return result
+
+
+def _learned(inputs: Inputs, params: CacheParams, config: MemoryConfig) -> Learned:
     """What the read learns, by head."""
-    heads, key_heads, key_dim = piece.inputs.v.shape[2], *piece.inputs.k.shape[2:]
+    heads, key_heads, key_dim = inputs.v.shape[2], *inputs.k.shape[2:]
     if config.read == "rmsnorm":
         assert params.query_scale is not None and params.key_scale is not None
         query, key = params.query_scale * key_dim**-0.5, params.key_scale

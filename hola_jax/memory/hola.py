@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from hola_jax.array_types import Array
-from hola_jax.memory import kernels, poison, validate
+from hola_jax.memory import by_kernels, kernels, poison, validate
 from hola_jax.memory.align import Inputs
 from hola_jax.memory.piece import run_piece
 from hola_jax.memory.reference import hola_reference
@@ -73,13 +73,14 @@ def hola_memory(
     clear = poison.cleared(q, k, others, (state.fast_weights,), packed, state.document, sequence_axis, fresh=fresh)
     inputs = Inputs(clear.q, clear.k, *clear.others)
     state = dataclasses.replace(state, fast_weights=clear.states[0], config=config.meaning())
+    run = kernels.kernels(chosen)
     if chosen == "reference":
         out, state = hola_reference(*inputs, cache_params, config, documents, state)
     elif length == 1 and not fresh and sequence_axis is None:
-        out, state = run_token(inputs, cache_params, config, documents[:, 0], state)
+        token = (inputs, cache_params, config, documents[:, 0], state)
+        found = by_kernels.one_token(run, *token) if run is not None else None
+        out, state = run_token(*token) if found is None else found
     else:
-        out, state = run_piece(
-            inputs, cache_params, config, documents, several, state, fresh, sequence_axis, kernels.kernels(chosen)
-        )
+        out, state = run_piece(inputs, cache_params, config, documents, several, state, fresh, sequence_axis, run)
     fast_weights = poison.spoil(state.fast_weights, clear.spoilt_last)
     return poison.spoil(out, clear.spoilt), dataclasses.replace(state, fast_weights=fast_weights)

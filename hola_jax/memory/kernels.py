@@ -1,8 +1,8 @@
 """Which implementation a memory runs by, and why: a platform's kernels where they take the shape, plain XLA elsewhere.
 
 What counts is the platform that a program is compiled for. The trainer knows it from its mesh, whose devices need not be
-there, and hands "pallas_tpu" down; a bare call takes that of this process's default device. A platform is a line of
-`PLATFORMS`.
+there, and hands "pallas_tpu" or "pallas_gpu" down; a bare call takes that of this process's default device. A platform is
+a line of `PLATFORMS`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,33 @@ from jax.sharding import PartitionSpec as P
 
 from hola_jax.array_types import Array
 
-Implementation = Literal["reference", "xla", "pallas", "pallas_tpu", "interpret"]
+Implementation = Literal["reference", "xla", "pallas", "pallas_tpu", "pallas_gpu", "interpret"]
 
 
 class Kernels(NamedTuple):
-    """Those of a platform; contracts as in pallas_kernels.delta_rule, pallas_kernels.cache and pallas_kernels.hola."""
+    """Those of a platform; contracts as in pallas_kernels.delta_rule, .cache, .hola and .step."""
 
     delta_rule: Callable[..., Any]
     cached_read: Callable[..., Any]
     hola: Callable[..., Any] | None = None  # both in one, where a platform has it
+    step: Callable[..., Any] | None = None  # one token, where a platform has it
     interpret: Any = False
 
 
 def _tpu() -> Kernels:
-    from pallas_kernels import cache, delta_rule, hola
+    from pallas_kernels import cache, delta_rule, hola, step
 
-    return Kernels(delta_rule.delta_rule, cache.cached_read, hola.hola)
+    return Kernels(delta_rule.delta_rule, cache.cached_read, hola.hola, step.step)
 
 
-PLATFORMS: dict[str, Callable[[], Kernels]] = {"tpu": _tpu}
+def _gpu() -> Kernels:
+    from pallas_kernels.cache import gpu as cache
+    from pallas_kernels.delta_rule import gpu as delta_rule
+
+    return Kernels(delta_rule.delta_rule, cache.cached_read)
+
+
+PLATFORMS: dict[str, Callable[[], Kernels]] = {"tpu": _tpu, "gpu": _gpu}
 ELSEWHERE = (
     "use implementation='xla' (or None), which runs everywhere, or 'interpret', which runs a TPU's kernels slowly"
 )
@@ -179,10 +187,18 @@ def _say_once(choice: Choice, surprising: bool) -> None:
     log.log(level, "the memory runs by %s: %s", choice.name, choice.why)
 
 
+def platform_of(device: Any) -> str:
+    """The platform of a device, as `PLATFORMS` names it. A GPU's kernels are Hopper's: another is named by what it is."""
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform == "gpu" and capability.partition(".")[0] != "9":
+        return f"a GPU of compute capability {capability or 'unknown'} (kernels are for Hopper, 9.0)"
+    return str(device.platform)
+
+
 def platform_here() -> str:
     """The platform that a bare call is compiled for: that of jax.default_device where it is set, or the process's."""
     device: Any = jax.config.jax_default_device
-    return jax.default_backend() if device is None else getattr(device, "platform", device)
+    return platform_of(jax.devices(device)[0] if device is None or isinstance(device, str) else device)
 
 
 def _manual() -> bool:

@@ -42,6 +42,7 @@ def test_whole_is_split(cuts, segments, implementation):
 
 
 WAYS = [("surprise", "xla"), ("residual", "xla"), ("write", "xla"), ("random", "xla"), ("surprise", "reference")]
+WAYS.append(("surprise", "interpret"))
 
 
 @pytest.mark.parametrize(("score", "implementation"), WAYS)

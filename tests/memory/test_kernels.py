@@ -29,6 +29,31 @@ def test_the_papers_shapes_run_by_kernels_on_a_tpu(name):
     assert on_tpu(work, "pallas", parts=4) == on_tpu(work, "pallas_tpu") == ("pallas_tpu", "asked for")
 
 
+class Device:
+    def __init__(self, platform, **facts):
+        self.platform = platform
+        self.__dict__.update(facts)
+
+
+def test_a_gpus_kernels_are_hoppers_and_take_bfloat16():
+    hopper = choosing.platform_of(Device("gpu", compute_capability="9.0"))
+    assert choose(None, PAPER, platform=hopper, parts=1) == ("pallas_gpu", "gpu kernels take this shape")
+    assert choose("pallas", PAPER, platform=hopper, parts=2) == ("pallas_gpu", "asked for")
+    exact = PAPER._replace(dtypes=("float32",) * 3)
+    assert "float32; the Mosaic GPU delta rule takes bfloat16" in choose(None, exact, platform=hopper, parts=1).why
+    with pytest.raises(NotImplementedError, match="window=2048: the GPU kernel keeps 1 to 1024 rows"):
+        choose("pallas_gpu", PAPER._replace(window=2048), platform=hopper, parts=1)
+    for capability in ("8.0", "10.0", "gfx942"):
+        other = choosing.platform_of(Device("gpu", compute_capability=capability))
+        assert (
+            f"no kernels for a GPU of compute capability {capability}"
+            in choose(None, PAPER, platform=other, parts=1).why
+        )
+        with pytest.raises(NotImplementedError, match="kernels are for Hopper"):
+            choose("pallas", PAPER, platform=other, parts=1)
+    assert choosing.platform_of(Device("tpu")) == "tpu"
+
+
 NO_KERNEL = {
     "K is 96; .* takes 64, 128 or 256": PAPER._replace(key_dim=96),
     "float16": PAPER._replace(dtypes=("float16",) * 3),

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from hola_jax.memory import MemoryConfig, hola_memory, piece
+from hola_jax.memory import MemoryConfig, hola_memory
 from pallas_kernels.cache import Cache
 from pallas_kernels.hola import Earlier, Learned, hola
 from tests.laws.cases import PARAMS, SEGMENTS, assert_close, assert_same_state, inputs
-from tests.pallas_kernels.fused_memory import fused_phases
 
 ROOT = Path(__file__).parents[2]
 FLOATS = ("fast_weights", "cache_keys", "cache_values", "block_keys", "block_values")
@@ -38,13 +37,6 @@ CASES = {
     },
     "two chunks to a block": {"config": MemoryConfig(window=8, block=128, chunk=64), "tokens": 150},
 }
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """`hola_memory` by the fused kernel where it is told to interpret."""
-    phases = piece._phases
-    monkeypatch.setattr(piece, "_phases", lambda *a: (fused_phases if a[-1] == "interpret" else phases)(*a))
 
 
 @functools.cache
@@ -86,7 +78,7 @@ QUICK = ("one document", "bfloat16")  # each compiles two programs, forward and 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
-def test_outputs_state_and_gradients_are_those_of_xla(fused, name):
+def test_outputs_state_and_gradients_are_those_of_xla(name):
     case = {
         "config": CONFIG,
         "dtype": "float32",
@@ -108,7 +100,7 @@ def test_outputs_state_and_gradients_are_those_of_xla(fused, name):
 
 
 @pytest.mark.parametrize(("gate", "beta"), [(0.0, 1.0), (-50.0, 1.0), (-1e9, 0.0)])
-def test_extreme_gates_repeated_keys_and_keys_of_zeros(fused, gate, beta):
+def test_extreme_gates_repeated_keys_and_keys_of_zeros(gate, beta):
     q, k, v, *_ = inputs(2)
     k = k.at[:, 3:12].set(k[:, 3:4]).at[:, 14:16].set(0.0)
     gates = jnp.full(v.shape[:3], beta), jnp.full(v.shape[:3], gate)
@@ -116,7 +108,7 @@ def test_extreme_gates_repeated_keys_and_keys_of_zeros(fused, gate, beta):
 
 
 @pytest.mark.slow
-def test_a_closed_gate_leaves_the_delta_rule_and_no_gradient_of_the_read(fused):
+def test_a_closed_gate_leaves_the_delta_rule_and_no_gradient_of_the_read():
     closed = PARAMS._replace(gate_logit=jnp.full(2, -jnp.inf))
     arrays = inputs(3, 12)
     learned = Learned(PARAMS.query_scale, PARAMS.key_scale, PARAMS.sink_logit, jax.nn.sigmoid(closed.gate_logit))
@@ -133,7 +125,7 @@ def test_a_closed_gate_leaves_the_delta_rule_and_no_gradient_of_the_read(fused):
 
 
 @pytest.mark.slow
-def test_one_document_does_not_touch_another(fused):
+def test_one_document_does_not_touch_another():
     """Bit for bit, in outputs and gradients."""
     arrays, segments = inputs(4), jnp.asarray(SEGMENTS)
     other = [jnp.where((segments == 1).reshape(*segments.shape, *[1] * (x.ndim - 2)), 0.5 * x, x) for x in arrays]
