@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cache.gpu import cached_read
+from pallas_kernels.delta_rule.gpu import delta_rule
 from train.config import RunError
 from train.plan.topology import topology
 
@@ -89,7 +90,23 @@ def cache_read(width: int, window: int) -> Operation:
     )
 
 
+def gated_delta_rule(width: int) -> Operation:
+    """Floors are those of all its kernels together (docs/performance.md), so no kernel has one here."""
+
+    def loss(q: Any, k: Any, v: Any, beta: Any, decay: Any, initial: Any, documents: Any) -> Any:
+        given = {"documents": documents, "initial": initial, "magnitude": "surprise"}
+        out, score, final = delta_rule(q, k, v, beta, decay, scale=width**-0.5, normalise=True, **given)
+        return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(final) + jnp.sum(score)
+
+    tokens, gates = ((B, T, H, width), "bfloat16"), ((B, T, H), "float32")
+    arrays = [tokens] * 3 + [gates] * 2 + [((B, H, width, width), "float32"), ((B, T), "int32")]
+    return Operation(f"delta rule K=V={width}", jax.grad(loss, argnums=tuple(range(6))), arrays, {})
+
+
 OPERATIONS: list[Callable[[], Operation]] = [
+    functools.partial(gated_delta_rule, 256),
+    functools.partial(gated_delta_rule, 128),
+    functools.partial(gated_delta_rule, 64),
     functools.partial(cache_read, 256, 64),
     functools.partial(cache_read, 256, 256),
     functools.partial(cache_read, 128, 64),
