@@ -90,7 +90,7 @@ def said_in_a_line(action: Callable[[], object]) -> None:
     """Runs the action. What the user got wrong ends the process with one line, without a traceback."""
     try:
         action()
-    except (ValueError, OSError, ImportError, NotImplementedError, RunError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, RunError) as error:
         sys.exit(f"hola: {error}")
     except KeyboardInterrupt:
         sys.exit("\nhola: stopped")
