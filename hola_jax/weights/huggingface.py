@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from hola_jax.config import DType, ModelConfig
-from hola_jax.model import Params
+from hola_jax.model import Params, named
 from hola_jax.weights import files
 from hola_jax.weights.aliases import pattern, read_aliases, renamed
 from hola_jax.weights.fields import config_of, hugging_face
@@ -217,11 +217,7 @@ def save(
 
 
 def _check_params(config: ModelConfig, params: Params) -> None:
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        found = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in found}
-
-    given, needed = shapes(params), shapes(abstract_params(config))
+    given, needed = ({name: x.shape for name, x in named(tree).items()} for tree in (params, abstract_params(config)))
     wrong = [
         f"{name} is {given.get(name, 'absent')}, needed is {needed.get(name, 'none')}"
         for name in sorted(given | needed)

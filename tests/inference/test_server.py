@@ -113,6 +113,18 @@ def test_a_stream_is_the_answer_in_parts(served: Served) -> None:
     assert texts == [choice.text for choice in whole.choices] and len(set(texts)) == 4
 
 
+def test_several_answers_to_a_prompt_read_it_once(served: Served) -> None:
+    client, counters = served.client(), served.batcher.counters
+    alone = [
+        client.completions.create(model="tiny", prompt=TEXT, max_tokens=5, seed=seed).choices[0].text
+        for seed in (7, 8, 9)
+    ]
+    before = counters.prompt_tokens
+    together = client.completions.create(model="tiny", prompt=TEXT, max_tokens=5, seed=7, n=3)
+    assert [choice.text for choice in together.choices] == alone
+    assert counters.prompt_tokens - before == len(TEXT) == together.usage.prompt_tokens
+
+
 def test_chat(served: Served) -> None:
     client = served.client()
     messages: Any = [
