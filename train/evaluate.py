@@ -24,7 +24,7 @@ BEGINNINGS = ("<s>", "<|bos|>", "<|begin_of_text|>", "<bos>", "[BOS]")
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure a trained model: `hola eval RUN --tasks ruler/s_niah_1@2k,4k,8k passkey wikitext=FILE`.
+    """Measure a model: `hola eval FOLDER --tasks ruler/s_niah_1@2k,4k,8k passkey wikitext=FILE`.
 
     Tasks: ruler/TASK (s_niah_1 s_niah_2 s_niah_3 mk_niah_1 mk_niah_2 mk_niah_3 mv_niah mq_niah vt; ruler is all), passkey,
     far_needle, recall/1 to recall/16 (recall is all), overwrite, mqar, mqar/PAIRS, each at its usual lengths or at those
@@ -37,25 +37,25 @@ class Evaluate:
     tasks: tuple[str, ...]
     """What to measure."""
     step: int | None = None
-    """Of the checkpoint; the last one there is where none is given."""
+    """Of the run's checkpoint; unless given, the newest."""
     samples: int = 100
     """Of each task at each length."""
     seed: int = 42
     """Of the samples."""
     tokenizer: str | None = None
-    """`bytes`, `mistral-v1` or a tokenizers JSON, where the run's data does not tell or is gone."""
+    """`bytes`, `mistral-v1` or a tokenizers JSON, where the folder does not tell or the run's data are gone."""
     haystack: str | None = None
     """A long text: half of RULER's tasks hide their needles in it, and the probes do where it is given."""
     window: int | None = None
-    """Tokens that are predicted in a row where a text is longer; the run's row where none is given."""
+    """Tokens that are predicted in a row where a text is longer; unless given, the run's row or the model's max_length."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of activations; the run's where none is given. On a CPU float32 is the faster one."""
+    """Of activations; unless given, the model's. On a CPU float32 is the faster one."""
     batch_tokens: int = 8192
     """Tokens of all rows that go through the model at a time."""
     output: str | None = None
-    """JSON file of the results; RUN/evals/step_N.json where none is given."""
+    """JSON file of the results; unless given, FOLDER/evals/step_N.json, or results.json of a Hugging Face folder."""
     cache: str | None = None
-    """Folder of made samples; ~/.cache/hola_jax/evals (below XDG_CACHE_HOME where that is set) where none is given."""
+    """Folder of made samples; unless given, ~/.cache/hola_jax/evals (below XDG_CACHE_HOME where that is set)."""
 
     def run(self) -> None:
         from train.trained import model_of, tokenizer_of

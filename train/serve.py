@@ -1,4 +1,4 @@
-"""`hola serve`: a run's model behind OpenAI's completions and chat completions."""
+"""`hola serve`: a model behind OpenAI's completions and chat completions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclasses.dataclass(frozen=True)
 class Serve(Options):
-    """Serve the model of a run folder: `hola serve RUN`, then any OpenAI client with base_url http://127.0.0.1:8000/v1.
+    """Serve a model to OpenAI's clients: `hola serve FOLDER`, then base_url=http://127.0.0.1:8000/v1.
 
     POST /v1/completions and /v1/chat/completions (stream or not), GET /v1/models, /health, /metrics. Needs the extra:
     pip install 'hola-jax[serve]'.
@@ -23,15 +23,17 @@ class Serve(Options):
     host: str = "127.0.0.1"
     """Loopback unless told otherwise."""
     port: int = 8000
+    """Of that host."""
     name: str | None = None
-    """What requests call the model; none is the name of the run folder."""
+    """What requests call the model; unless given, the name of the folder."""
     slots: int = 8
     """Requests written side by side, each in one memory of constant size."""
     queue: int = 64
     """Requests that may wait; more are told to come again (429)."""
     api_key_file: str | None = None
-    """A file with the key that clients must send; none asks for none."""
+    """A file with the key that clients must send; unless given, none is asked for."""
     max_prompt_tokens: int = 131_072
+    """Of a request."""
     max_tokens: int = 4096
     """Of an answer."""
     max_body: int = 8 << 20
