@@ -102,17 +102,15 @@ def _nearest(path: Path) -> str:
 
 
 def _look_at_run(folder: Path, step: int | None) -> Saved:
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     place = folder.absolute() / CHECKPOINTS
-    with ocp.CheckpointManager(place, options=options, item_names=("state", "about")) as found:
-        steps = sorted(found.all_steps())
-        if not steps:
-            raise FileNotFoundError(f"{folder} has no complete checkpoint yet; let `hola train` save one")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise ValueError(f"{folder} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps))}")
-        with _readable(folder, step):
-            about: About = found.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    steps = sorted(ocp.utils.checkpoint_steps(place))  # those that are complete
+    if not steps:
+        raise FileNotFoundError(f"{folder} has no complete checkpoint yet; let `hola train` save one")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise ValueError(f"{folder} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps))}")
+    with _readable(folder, step), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        about: About = reader.restore(place / str(step) / "about", args=ocp.args.JsonRestore())
     return Saved(folder, from_dict(ModelConfig, about["config"]["model"]), step, about)
 
 
