@@ -30,6 +30,8 @@ def imports(path: Path) -> set[str]:
         ("hola_jax", ("train", "configs", "tests", "benchmarks", "torch", "tensorflow")),
         ("hola_jax/memory", ("flax", "hola_jax.layers", "hola_jax.model", "hola_jax.config", "hola_jax.presets")),
         ("hola_jax/layers", ("hola_jax.model", "hola_jax.presets")),
+        ("hola_jax/weights", ("hola_jax.inference", "hola_jax.evals")),
+        ("hola_jax/inference", ("hola_jax.evals",)),
         ("pallas_kernels", ("hola_jax", "flax", "train", "configs", "tests", "benchmarks")),
         ("train", ("tests", "benchmarks", "torch", "tensorflow")),
     ],

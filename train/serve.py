@@ -59,23 +59,21 @@ class Serve(Options):
         from hola_jax.inference.batcher import Batcher
         from hola_jax.inference.protocol import ChatFormat, Limits
 
+        if not 0 < self.port < 2**16:
+            raise ValueError(f"--port is {self.port}; it must be from 1 to {2**16 - 1}")
         key = None if self.api_key_file is None else Path(self.api_key_file).read_text().strip()
         if key == "":
             raise ValueError(f"{self.api_key_file} is empty; it must hold the API key")
         if self.host not in LOOPBACK and key is None:
             print(f"hola: serving on {self.host} without an API key; anyone who reaches it may use it", file=sys.stderr)
         turn, reply, *stop = (_lines(text) for text in (self.chat_turn, self.chat_reply, *self.chat_stop))
+        chat = ChatFormat(turn, reply, tuple(stop))
+        limits = Limits(self.max_prompt_tokens, self.max_tokens, body_bytes=self.max_body)
         generator = opened(self)
         batcher = Batcher(generator, self.slots, self.queue)
         batcher.warm_up()
-        service = Service(
-            batcher,
-            self.name or Path(self.folder).resolve().name,
-            Limits(self.max_prompt_tokens, self.max_tokens, body_bytes=self.max_body),
-            ChatFormat(turn, reply, tuple(stop)),
-            key,
-            self.log_prompts,
-        )
+        name = self.name or Path(self.folder).resolve().name
+        service = Service(batcher, name, limits, chat, key, self.log_prompts)
         logging.basicConfig(level=logging.INFO if self.log_prompts else logging.WARNING)
         print(f"hola: serving {service.model} on http://{self.host}:{self.port}/v1", file=sys.stderr)
         uvicorn.run(
