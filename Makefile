@@ -16,7 +16,7 @@ TYPED := $(wildcard hola_jax train pallas_kernels)
 .NOTPARALLEL:
 
 help: ## what there is
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 26
 
 # The tested versions, newest first; what is newer than they are is a last resort.
 setup: ## .venv with the library in it, from the newest Python here

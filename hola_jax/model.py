@@ -211,6 +211,12 @@ def functional(model: LanguageModel) -> tuple[Callable[..., tuple[Array, State]]
     return forward, nnx.to_pure_dict(params)
 
 
+def named(tree: Any) -> dict[str, Any]:
+    """{"blocks.mixer.query.kernel": array, ...} of parameters or of a state, in the order of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
 def weight_decay_mask(model: LanguageModel) -> Params:
     """For each parameter of `functional(model)`, whether weight decay is for it: not for norms, gates, decays, biases."""
     marks = nnx.state(model)

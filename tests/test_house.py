@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from train import cli
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -28,6 +30,8 @@ def imports(path: Path) -> set[str]:
         ("hola_jax", ("train", "configs", "tests", "benchmarks", "torch", "tensorflow")),
         ("hola_jax/memory", ("flax", "hola_jax.layers", "hola_jax.model", "hola_jax.config", "hola_jax.presets")),
         ("hola_jax/layers", ("hola_jax.model", "hola_jax.presets")),
+        ("hola_jax/weights", ("hola_jax.inference", "hola_jax.evals")),
+        ("hola_jax/inference", ("hola_jax.evals",)),
         ("pallas_kernels", ("hola_jax", "flax", "train", "configs", "tests", "benchmarks")),
         ("train", ("tests", "benchmarks", "torch", "tensorflow")),
     ],
@@ -58,6 +62,12 @@ def test_the_readme_names_every_module_and_nothing_else():
         assert path.name == "__init__.py" or path.name in tree, path.name
     present = {path.name for path in ROOT.rglob("*.*") if not any(part.startswith(".") for part in path.parts[-3:])}
     assert not [name for name in re.findall(r"\b[\w-]+\.(?:py|md|sh|toml|txt)\b", tree) if name not in present]
+
+
+def test_the_readme_names_every_verb_and_every_target():
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert len(targets) > 8 and set(targets) == set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert not [name for name in cli.VERBS if not re.search(rf"\bhola {name}\b", README)]
 
 
 def test_the_five_lines_of_the_readme():

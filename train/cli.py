@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import tyro
 
@@ -35,8 +35,8 @@ class Train:
     in one line.
     """
 
-    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
-    """CONFIG [--name=value ...]"""
+    arguments: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CONFIG [--name=value ...]")] = ()
+    """The file or folder, and settings to change."""
 
     def run(self) -> None:
         from train.config import as_dict, flat
@@ -90,16 +90,25 @@ def said_in_a_line(action: Callable[[], object]) -> None:
     """Runs the action. What the user got wrong ends the process with one line, without a traceback."""
     try:
         action()
-    except (ValueError, OSError, ImportError, NotImplementedError, RunError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, RunError) as error:
         sys.exit(f"hola: {error}")
     except KeyboardInterrupt:
         sys.exit("\nhola: stopped")
+
+
+def overview() -> str:
+    """A line for each verb: what its help says first."""
+    lines = [f"  {name:10}{(verb.__doc__ or '').partition(': `hola')[0]}" for name, verb in VERBS.items()]
+    return "\n".join(["usage: hola VERB ...; `hola VERB --help` explains", "", *lines])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """`hola VERB [options]`."""
     given = sys.argv[1:] if arguments is None else arguments
     command: Command
+    if given in ([], ["-h"], ["--help"]):
+        print(overview(), file=sys.stdout if given else sys.stderr)
+        sys.exit(0 if given else 2)
     if given[:1] == ["train"] and len(given) > 1 and given[1] not in ("-h", "--help"):
         command = Train(tuple(given[1:]))  # its settings are those of a configuration, which tyro does not know
     elif given[:1] == ["plan"]:

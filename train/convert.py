@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -19,15 +19,16 @@ from train.overrides import override, pairs
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Weights from one folder to a new one: `hola convert FROM OUT`; or what a file holds: `hola convert --list-keys PATH`.
+    """Convert weights from and to Hugging Face folders: `hola convert FROM OUT`.
 
-    FROM is the folder of a run of `hola train`, or a Hugging Face folder (config.json and safetensors) of a Gated DeltaNet,
-    a Transformer or a HOLA in flash-linear-attention's layout. OUT becomes such a folder, or with --recipe a run's folder
-    that `hola train OUT` starts from, with its first step still to do.
+    Or say what a file or folder holds: `hola convert --list-keys PATH`. FROM is the folder of a run of
+    `hola train`, or a Hugging Face folder (config.json and safetensors) of a Gated DeltaNet, a Transformer or a HOLA in
+    flash-linear-attention's layout. OUT becomes such a folder, or with --recipe a run's folder that `hola train OUT` starts
+    from, with its first step still to do.
     """
 
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """FROM OUT"""
+    paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FROM OUT")] = ()
+    """The folder to read, and the folder to make."""
     list_keys: str | None = None
     """Print what a safetensors file or folder holds, and do nothing else."""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -32,7 +32,7 @@ RECALL = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train a small HOLA and a small Gated DeltaNet side by side and print what each reached.
+    """Train a small HOLA and a small Gated DeltaNet side by side, and print what each reached: `hola demo`.
 
     Both read the standard library's source (split by file into training and held-out text, bytes as tokens) and learn to
     recall planted facts. The numbers are printed whichever is better.

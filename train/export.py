@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -12,14 +12,14 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Prefill and step as StableHLO for CPU, CUDA and TPU, with weights and a loader: `hola export FROM OUT`.
+    """Write a model as StableHLO for CPU, CUDA and TPU, with its weights and a loader: `hola export FROM OUT`.
 
     FROM is the folder of a run of `hola train` or a Hugging Face folder. OUT/load.py runs what is in OUT with jax alone, and
     says how.
     """
 
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()
-    """FROM OUT"""
+    paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FROM OUT")] = ()
+    """The folder to read, and the folder to make."""
     rows: int = 1
     """Prompts that are read and continued together."""
     piece: int = 256

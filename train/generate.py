@@ -1,4 +1,4 @@
-"""`hola generate`: a run's model continues what it is given, and the memory of it can be kept."""
+"""`hola generate`: a model continues what it is given, and the memory of it can be kept."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hola_jax.inference import Delta, Prefix, Request, Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run's model is opened: shared by `hola generate` and `hola serve`."""
+    """How a model is opened: shared by `hola generate` and `hola serve`."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The folder of a run."""
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    """Of a run of `hola train`, or a Hugging Face folder."""
     step: int | None = None
-    """Of the checkpoint; none is the last."""
+    """Of the run's checkpoint; unless given, the newest."""
     tokenizer: str | None = None
-    """Its name or path, where the run's data are not at hand."""
+    """`bytes`, `mistral-v1` or a tokenizers JSON, where the folder does not tell or the run's data are gone."""
     capacity: int | None = None
     """Tokens of a row where the mixer is "transformer"; the others have no limit."""
 
 
 def opened(options: Options, width: int = 1) -> Generator:
-    """The generator of a run folder."""
+    """The generator of a folder."""
     from train.trained import trained
 
     model, tokenizer = trained(options.folder, options.step, options.tokenizer)
@@ -39,7 +39,7 @@ def opened(options: Options, width: int = 1) -> Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Generate(Options):
-    """Continue prompts with the model of a run folder: `hola generate RUN --prompt "Once upon a time"`.
+    """Continue prompts with a model: `hola generate FOLDER --prompt "Once upon a time"`.
 
     Text appears as it comes. A prompt comes from --prompt, --prompt-file, --memory (a file that --save-memory wrote, with
     or without a prompt behind it), or is typed again and again with --interactive, where the memory goes on.
@@ -60,6 +60,7 @@ class Generate(Options):
     sampler: str = "sample"
     """`sample` or `greedy`."""
     temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
     top_k: int = 0
     """So many of the likeliest tokens stay; 0 keeps all."""
     top_p: float = 1.0
@@ -67,6 +68,7 @@ class Generate(Options):
     min_p: float = 0.0
     """Tokens at least so likely as this share of the likeliest stay."""
     repetition_penalty: float = 1.0
+    """Above 1, what the prompt and the text hold already becomes less likely."""
     stop: tuple[str, ...] = ()
     """Strings before which the text ends."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""`hola serve`: a run's model behind OpenAI's completions and chat completions."""
+"""`hola serve`: a model behind OpenAI's completions and chat completions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclasses.dataclass(frozen=True)
 class Serve(Options):
-    """Serve the model of a run folder: `hola serve RUN`, then any OpenAI client with base_url http://127.0.0.1:8000/v1.
+    """Serve a model to OpenAI's clients: `hola serve FOLDER`, then base_url=http://127.0.0.1:8000/v1.
 
     POST /v1/completions and /v1/chat/completions (stream or not), GET /v1/models, /health, /metrics. Needs the extra:
     pip install 'hola-jax[serve]'.
@@ -23,15 +23,17 @@ class Serve(Options):
     host: str = "127.0.0.1"
     """Loopback unless told otherwise."""
     port: int = 8000
+    """Of that host."""
     name: str | None = None
-    """What requests call the model; none is the name of the run folder."""
+    """What requests call the model; unless given, the name of the folder."""
     slots: int = 8
     """Requests written side by side, each in one memory of constant size."""
     queue: int = 64
     """Requests that may wait; more are told to come again (429)."""
     api_key_file: str | None = None
-    """A file with the key that clients must send; none asks for none."""
+    """A file with the key that clients must send; unless given, none is asked for."""
     max_prompt_tokens: int = 131_072
+    """Of a request."""
     max_tokens: int = 4096
     """Of an answer."""
     max_body: int = 8 << 20
@@ -57,23 +59,21 @@ class Serve(Options):
         from hola_jax.inference.batcher import Batcher
         from hola_jax.inference.protocol import ChatFormat, Limits
 
+        if not 0 < self.port < 2**16:
+            raise ValueError(f"--port is {self.port}; it must be from 1 to {2**16 - 1}")
         key = None if self.api_key_file is None else Path(self.api_key_file).read_text().strip()
         if key == "":
             raise ValueError(f"{self.api_key_file} is empty; it must hold the API key")
         if self.host not in LOOPBACK and key is None:
             print(f"hola: serving on {self.host} without an API key; anyone who reaches it may use it", file=sys.stderr)
         turn, reply, *stop = (_lines(text) for text in (self.chat_turn, self.chat_reply, *self.chat_stop))
+        chat = ChatFormat(turn, reply, tuple(stop))
+        limits = Limits(self.max_prompt_tokens, self.max_tokens, body_bytes=self.max_body)
         generator = opened(self)
         batcher = Batcher(generator, self.slots, self.queue)
         batcher.warm_up()
-        service = Service(
-            batcher,
-            self.name or Path(self.folder).resolve().name,
-            Limits(self.max_prompt_tokens, self.max_tokens, body_bytes=self.max_body),
-            ChatFormat(turn, reply, tuple(stop)),
-            key,
-            self.log_prompts,
-        )
+        name = self.name or Path(self.folder).resolve().name
+        service = Service(batcher, name, limits, chat, key, self.log_prompts)
         logging.basicConfig(level=logging.INFO if self.log_prompts else logging.WARNING)
         print(f"hola: serving {service.model} on http://{self.host}:{self.port}/v1", file=sys.stderr)
         uvicorn.run(

@@ -1,83 +1,60 @@
-"""What a run folder holds for those who use the model: its parameters, from a checkpoint of any mesh, and its tokenizer.
-
-The folder is only read; a damaged checkpoint is an error here, and stays where it is.
-"""
+"""A model with its tokenizer, for those who use it: from a run's folder, or from a Hugging Face folder."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
 from flax import nnx
 
-from hola_jax import LanguageModel, ModelConfig
-from train.checkpoint import bit_sums
+from hola_jax import LanguageModel
+from hola_jax.config import DType
 from train.data import config as sources
 from train.data import shards, tokenizers
 from train.data.tokenizers import Tokenizer
-from train.overrides import from_dict
+from train.weights import Saved, look
 
 
-def trained(run: str | Path, step: int | None = None, tokenizer: str | None = None) -> tuple[LanguageModel, Tokenizer]:
-    """(model, tokenizer) of a run folder: of its last checkpoint, or that of `step`.
+def trained(
+    folder: str | Path, step: int | None = None, tokenizer: str | None = None
+) -> tuple[LanguageModel, Tokenizer]:
+    """(model, tokenizer) of a folder: of a run's last checkpoint, or that of `step`; or of a Hugging Face folder.
 
-    tokenizer  its name or path, where the data that the run names is not at hand; it must be the one of the run
+    tokenizer  its name or path, where the folder does not tell it or the data that the run names are not at hand
     """
-    folder = Path(run).absolute()
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{run} is no run folder, it has no checkpoints; `hola train` makes one")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder / "checkpoints", options=options, item_names=("state", "about")) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps:
-            raise FileNotFoundError(f"{run} has no checkpoint yet")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise ValueError(f"{run} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps))}")
-        about = _read(run, step, lambda: manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())))
-        about = about["about"]
-        config: ModelConfig = from_dict(ModelConfig, about["config"]["model"])
-        abstract = nnx.eval_shape(lambda: LanguageModel(config))
-        structure, shapes = nnx.split(abstract)
-        params = _read(run, step, lambda: _params(manager, step, nnx.to_pure_dict(shapes)))
-    wrong = [name for name, found in bit_sums({"params": params}).items() if found != about["sums"].get(name)]
-    if wrong:
-        raise ValueError(f"the checkpoint of step {step} in {run} is damaged: {wrong[0]} is not what was saved")
-    return nnx.merge(structure, params), _tokenizer(about, tokenizer)
+    saved = look(folder, step)
+    found = tokenizer_of(saved, tokenizer)
+    return model_of(saved), found
 
 
-def _read(run: str | Path, step: int, action: Any) -> Any:
-    try:
-        return action()
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        line = (str(error).splitlines() or [""])[0][:200]
-        raise ValueError(
-            f"the checkpoint of step {step} in {run} cannot be read ({type(error).__name__}: {line})"
-        ) from error
+def model_of(saved: Saved, dtype: DType | None = None) -> LanguageModel:
+    """The model on one device; `dtype` is that of activations, None leaves it."""
+    config = saved.config if dtype is None else dataclasses.replace(saved.config, dtype=dtype)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config))), saved.params())
 
 
-def _params(manager: ocp.CheckpointManager, step: int, shapes: Any) -> Any:
-    """The parameters alone, on one device, whatever mesh they were saved from."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
-    placed = ocp.checkpoint_utils.construct_restore_args(wanted)
-    arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=placed, partial_restore=True)
-    return manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]["params"]
-
-
-def _tokenizer(about: dict[str, Any], asked: str | None) -> Tokenizer:
-    made = about["data"]
-    found = tokenizers.load(asked) if asked is not None else _of_source(about["config"]["data"])
+def tokenizer_of(saved: Saved, asked: str | None = None) -> Tokenizer:
+    """The tokenizer whose numbers the model knows; one that is asked for must be that of the run."""
+    if saved.about is None:
+        return _beside(saved.folder) if asked is None else tokenizers.load(asked)
+    made, source = saved.about["data"], saved.about["config"]["data"]
+    found = _of_source(source) if asked is None else tokenizers.load(asked)
     if found is None:
-        raise ValueError(f"the data of this run ({made['tokenizer']}) are no text; its model takes tokens alone")
-    if found.hash != made["hash"]:
+        raise ValueError("the run was trained on numbers without a text; say which tokenizer with --tokenizer")
+    if _is_text(source) and found.hash != made["hash"]:
         raise ValueError(
             f"the tokenizer {found.name} has the hash {found.hash[:12]}, and the run was made with {made['tokenizer']}, "
             f"hash {made['hash'][:12]}; give that one"
         )
     return found
+
+
+def _beside(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json; say which tokenizer with --tokenizer")
+    return tokenizers.load(str(file))
 
 
 def _of_source(source: dict[str, Any]) -> Tokenizer | None:
@@ -94,6 +71,11 @@ def _of_source(source: dict[str, Any]) -> Tokenizer | None:
         made = shards.read_manifest(source["path"]).tokenizer
         return tokenizers.named(made.name, None if made.file is None else (root / made.file).read_bytes())
     if kind == sources.Mixture.__name__:
-        found = (_of_source(part) for _, part in source["parts"])
-        return next((tokenizer for tokenizer in found if tokenizer is not None), None)
+        return next((_of_source(part) for _, part in source["parts"] if _is_text(part)), None)
     return None
+
+
+def _is_text(source: dict[str, Any]) -> bool:
+    if source["kind"] == sources.Mixture.__name__:
+        return any(_is_text(part) for _, part in source["parts"])
+    return bool(source["kind"] != sources.RecallTask.__name__)

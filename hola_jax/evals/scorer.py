@@ -1,13 +1,13 @@
 """What an evaluation asks of a model, and a model that answers: log-probabilities of given tokens, and greedy continuations.
 
-`ModelScorer` needs nothing but the model's own call: rows go through it in pieces of fixed length with the state handed on,
-so neither memory nor the number of compiled programs grows with the length of a row.
+`ModelScorer` scores by the model's own call, rows going through it in pieces of fixed length with the state handed on, so
+neither memory nor the number of compiled programs grows with the length of a row; it continues by `hola_jax.Generator`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,13 +18,13 @@ from jax import lax
 
 from hola_jax.array_types import Array
 from hola_jax.config import ModelConfig
+from hola_jax.inference import GREEDY, Generator, Request
 from hola_jax.model import LanguageModel, Params, State, init_state
 
 Done = Callable[[int], None]  # told how many rows are finished since the last time
 Until = Callable[[int, np.ndarray], bool]  # (number of the prompt, its tokens so far): whether they are enough
 
 SHORTEST = 32  # tokens of a piece
-DECODED = 32  # tokens that are decoded between two looks at whether they are enough
 
 
 class Scored(NamedTuple):
@@ -75,10 +75,8 @@ class ModelScorer:
         self.longest = model.config.max_length if model.config.mixer == "transformer" else None
         self.piece, self.batch_tokens = piece, batch_tokens
         structure, params = nnx.split(model)
-        self.params: Params = nnx.to_pure_dict(params)
+        self.model, self.params = model, nnx.to_pure_dict(params)
         self._score = jax.jit(partial(_score, structure, head_tokens))
-        self._prefill = jax.jit(partial(_prefill, structure))
-        self._decode = jax.jit(partial(_decode, structure))
 
     def loglikelihood(self, rows: Sequence[np.ndarray], done: Done = _ignore) -> list[Scored]:
         """For each row of at least two tokens, its tokens after the first, scored."""
@@ -105,27 +103,24 @@ class ModelScorer:
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
         self._check(prompts, least=1, more=max_tokens)
+        request = Request(max_tokens=max_tokens, sampling=GREEDY, stop_tokens=())
         found: dict[int, np.ndarray] = {}
-        for numbers, pieces, size in self._batches([len(prompt) for prompt in prompts]):
-            token, state = self._read([prompts[n] for n in numbers], pieces, size)
-            tokens = np.asarray(token)[:, None]
-            while tokens.shape[1] < max_tokens and not _enough(until, numbers, tokens):
-                more, state = self._decode(self.params, tokens[:, -1], state)
-                tokens = np.concatenate([tokens, np.asarray(more)], axis=1)
-            found |= {n: tokens[place, :max_tokens] for place, n in enumerate(numbers)}
+        for numbers, _, _ in self._batches([len(prompt) for prompt in prompts]):
+            tokens: list[list[int]] = [[] for _ in numbers]
+            for delta in self._generator.stream([prompts[n] for n in numbers], [request] * len(numbers)):
+                tokens[delta.row] += delta.tokens
+                # The last row of a round: no row is ahead of another.
+                if delta.row == len(numbers) - 1 and _enough(until, numbers, tokens):
+                    break
+            found |= {n: np.array(each, np.int32) for n, each in zip(numbers, tokens, strict=True)}
             done(len(numbers))
         return [found[n] for n in range(len(prompts))]
 
-    def _read(self, prompts: list[np.ndarray], pieces: list[tuple[int, int]], size: int) -> tuple[Array, State]:
-        """(the token after each prompt, the state there); the rows beyond the prompts are of no meaning."""
-        state, token = init_state(self.config, size), jnp.zeros(size, jnp.int32)
-        lengths = np.array([len(prompt) for prompt in prompts] + [1] * (size - len(prompts)), np.int32)
-        for start, length in pieces:
-            tokens = _padded([prompt[start : start + length] for prompt in prompts], size, length)
-            real = np.arange(start, start + length)[None] < lengths[:, None]
-            segments = None if real.all() else real.astype(np.int32)
-            token, state = self._prefill(self.params, tokens, segments, state, token, lengths - 1 - start)
-        return token, state
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(
+            self.model, pieces=sorted({self.piece, max(self.piece // 4, SHORTEST), SHORTEST}, reverse=True)
+        )
 
     def _batches(self, lengths: list[int]) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
         """(numbers of rows of about one length, (start, length) of the pieces they go through, rows of the batch)."""
@@ -169,8 +164,8 @@ def _padded(rows: list[np.ndarray], size: int, length: int) -> np.ndarray:
     return tokens
 
 
-def _enough(until: Until | None, numbers: list[int], tokens: np.ndarray) -> bool:
-    return until is not None and all(until(n, tokens[place]) for place, n in enumerate(numbers))
+def _enough(until: Until | None, numbers: list[int], tokens: list[list[int]]) -> bool:
+    return until is not None and all(until(n, np.array(each)) for n, each in zip(numbers, tokens, strict=True))
 
 
 def _score(
@@ -196,29 +191,3 @@ def _score(
     found = lax.map(part, (in_parts(hidden), in_parts(targets)))
     logprob, greedy = (x.reshape(-1)[:count].reshape(tokens.shape) for x in found)
     return (logprob, greedy), state
-
-
-def _prefill(
-    structure: Any, params: Params, tokens: Array, segments: Array | None, state: State, token: Array, last: Array
-) -> tuple[Array, State]:
-    """(`token`, in rows whose last token, at place `last`, is among these: the likeliest after it; the state)."""
-    model = nnx.merge(structure, params)
-    hidden, state = model.hidden(tokens, segments, state)
-    here = (last >= 0) & (last < tokens.shape[1])
-    at_last = jnp.take_along_axis(hidden, jnp.clip(last, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    likeliest = jnp.argmax(model.head(at_last), axis=1).astype(jnp.int32)
-    return jnp.where(here, likeliest, token), state
-
-
-def _decode(structure: Any, params: Params, token: Array, state: State) -> tuple[Array, State]:
-    """(the next `DECODED` likeliest tokens after `token` [B, DECODED], the state)."""
-    model = nnx.merge(structure, params)
-
-    def step(carry: tuple[Array, State], _: None) -> tuple[tuple[Array, State], Array]:
-        token, state = carry
-        hidden, state = model.hidden(token[:, None], state=state)
-        token = jnp.argmax(model.head(hidden[:, 0]), axis=1).astype(jnp.int32)
-        return (token, state), token
-
-    (_, state), tokens = lax.scan(step, (token, state), None, length=DECODED)
-    return tokens.T, state

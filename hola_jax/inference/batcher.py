@@ -80,6 +80,7 @@ class Batcher:
         self.memory = new_memory(self.generator.config, width)
         self.left = np.zeros(width, np.int32)
         self._stale = True  # settings and stops are not those of the rows
+        self._read: np.ndarray | None = None  # the tokens of which `_prefix` is the whole memory
 
     @property
     def active(self) -> int:
@@ -184,14 +185,18 @@ class Batcher:
                     if not self.waiting:
                         return
                     job = self.waiting.popleft()
+                if self._read is job.tokens and self._prefix is not None:  # several answers to one prompt
+                    self._admit(job, self._prefix)
+                    continue
                 self._reading = job, self.generator.reading([job.tokens])
-                self._unread, self._prefix = len(job.tokens), None
+                self._unread, self._prefix, self._read = len(job.tokens), None, None
             job, pieces = self._reading
             try:
                 self._prefix = next(pieces)
             except StopIteration:
                 assert self._prefix is not None
-                self._reading = None
+                self._reading, self._read = None, job.tokens
+                self.counters.prompt_tokens += len(job.tokens)
                 self._admit(job, self._prefix)
                 continue
             except Exception as error:
@@ -208,7 +213,6 @@ class Batcher:
         job.writer = Writer(self.generator, job.request, job.tokens.tolist())
         self.rows[slot], self.left[slot], self._stale = job, job.request.max_tokens, True
         self.counters.admitted += 1
-        self.counters.prompt_tokens += len(job.tokens)
 
     def _write_some(self) -> None:
         if not self.left.any():

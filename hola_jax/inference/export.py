@@ -31,7 +31,7 @@ from jax import export as jax_export
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.config import DType, ModelConfig
 from hola_jax.inference import artifact
-from hola_jax.model import LanguageModel, Params, init_state, state_bytes
+from hola_jax.model import LanguageModel, Params, init_state, named, state_bytes
 from hola_jax.weights.files import whole_folder, write_file
 from hola_jax.weights.tables import abstract_params, cast
 
@@ -66,14 +66,14 @@ def export(
         raise ValueError(f"platforms has {', '.join(sorted(unknown))}; it may have {', '.join(PLATFORMS)}")
     # The XLA path is the one that every platform has; checks and rematerialisation have no part in a program of this kind.
     config = dataclasses.replace(config, implementation="xla", check=False, remat="none")
-    weights = {name: np.asarray(x) for name, x in flat(cast(params, dtype)).items()}
+    weights = {name: np.asarray(x) for name, x in named(cast(params, dtype)).items()}
     programs = lowered(config, {name: (x.shape, x.dtype) for name, x in weights.items()}, rows, piece, platforms)
     state = jax.eval_shape(lambda: init_state(config, rows))
     about = {
         "rows": rows,
         "piece": piece,
         "vocab_size": config.vocab_size,
-        "state": {name: [str(x.dtype), list(x.shape)] for name, x in flat(state).items()},
+        "state": {name: [str(x.dtype), list(x.shape)] for name, x in named(state).items()},
         "programs": {name: {field: getattr(program, field) for field in FIELDS} for name, program in programs.items()},
         "platforms": list(platforms),
         "state_bytes": state_bytes(config, rows),
@@ -100,13 +100,13 @@ def lowered(
     structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config)))
     state_tree = jax.tree.structure(jax.eval_shape(lambda: init_state(config, rows)))
     params_tree = jax.tree.structure(abstract_params(config))
-    names = list(flat(abstract_params(config)))
+    names = list(named(abstract_params(config)))
     if sorted(names) != sorted(weights):
         wrong = ", ".join(sorted(set(names) ^ set(weights))[:8])
         raise ValueError(f"the parameters are not those of this configuration: {wrong}")
 
     def start() -> Flat:
-        return flat(init_state(config, rows))
+        return named(init_state(config, rows))
 
     def run(
         params: Flat, tokens: Int[Array, "B T"], documents: Int[Array, "B T"], state: Flat
@@ -116,9 +116,9 @@ def lowered(
         hidden, after = model.hidden(tokens, documents, before)
         place = jnp.where(documents > 0, jnp.arange(tokens.shape[1]), 0)
         last = jnp.take_along_axis(hidden, jnp.max(place, axis=1)[:, None, None], axis=1)[:, 0]
-        return model.head(last), flat(after)
+        return model.head(last), named(after)
 
-    empty = flat(jax.eval_shape(lambda: init_state(config, rows)))
+    empty = named(jax.eval_shape(lambda: init_state(config, rows)))
     state_names = list(empty)
     params = {name: jax.ShapeDtypeStruct(shape, kind) for name, (shape, kind) in weights.items()}
 
@@ -128,9 +128,3 @@ def lowered(
 
     begun = jax_export.export(jax.jit(start), platforms=list(platforms))()
     return {"start": begun, "prefill": at_length(piece), "step": at_length(1)}
-
-
-def flat(tree: Any) -> Flat:
-    """{"blocks.mixer.query.kernel": array, ...} of parameters or of a state, in the order of its leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}

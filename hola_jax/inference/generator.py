@@ -169,16 +169,10 @@ class Generator:
         if isinstance(prompts, str | bytes) or not len(prompts):
             raise ValueError("prompts must be a list of at least one prompt")
         rows = [self.encode(prompt) for prompt in prompts]
-        if prefix is None:
-            memory = new_memory(self.config, width_of(len(rows), self.width))
-            before = [0] * len(rows)
-        else:
-            if len(prefix) != len(rows):
-                raise ValueError(
-                    f"there are {len(rows)} prompts and the prefix has {len(prefix)} rows; give one for each"
-                )
-            memory, before = self.taken(prefix).memory, prefix.positions
-        self._check_room(list(before), [len(row) for row in rows])
+        self._check_room(_read_before(prefix, len(rows)), [len(row) for row in rows])
+        memory = (
+            new_memory(self.config, width_of(len(rows), self.width)) if prefix is None else self.taken(prefix).memory
+        )
         for tokens, count in self._pieces(rows, memory.position.shape[0]):
             memory = programs.read(self.structure, self.params, tokens, count, memory)
             yield Prefix(memory, len(rows))
@@ -241,22 +235,20 @@ class Generator:
         if prompts is None and prefix is None:
             raise ValueError("there is nothing to continue; give prompts, a prefix, or both")
         rows = None if prompts is None else [self.encode(prompt) for prompt in prompts]
-        if rows is not None:
-            before = [0] * len(rows) if prefix is None else prefix.positions
+        if rows is None:
+            lengths = [] if prefix is None else prefix.positions
         else:
-            assert prefix is not None
-            before = prefix.positions
-        lengths = [at + (0 if rows is None else len(rows[row])) for row, at in enumerate(before)]
+            lengths = [at + len(row) for at, row in zip(_read_before(prefix, len(rows)), rows, strict=True)]
         if len(requests) != len(lengths):
             raise ValueError(f"there are {len(requests)} requests for {len(lengths)} rows; give one for each")
         for request, length in zip(requests, lengths, strict=True):
             self.check(request, length)
             if length == 0:
                 raise ValueError("a row of the prefix is empty; read a prompt first")
-        whole = prefix if rows is None else self.read(rows, prefix)
-        assert whole is not None
-        tails = [()] * len(requests) if rows is None else [row.tolist() for row in rows]
-        yield from self._written(self.taken(whole).memory, requests, tails)
+        if rows is not None:
+            yield from self._written(self.read(rows, prefix).memory, requests, [row.tolist() for row in rows])
+        elif prefix is not None:
+            yield from self._written(self.taken(prefix).memory, requests, [()] * len(requests))
 
     def _written(
         self, memory: Memory, requests: Sequence[Request], prompts: Sequence[Sequence[int]]
@@ -288,8 +280,7 @@ class Generator:
         stop_tokens: Sequence[int] | None = None,
     ) -> list[Completion]:
         """A completion for each row. A single `seed` is that of the first row, the next has the next; see `Request`."""
-        single = isinstance(prompts, str | bytes)
-        if single:
+        if isinstance(prompts, str | bytes):
             raise ValueError("prompts must be a list of prompts; hola_jax.generate takes a single one too")
         batch = len(prompts) if prompts is not None else len(prefix) if prefix is not None else 0
         samplings = [sampling or Sampling()] * batch if not isinstance(sampling, Sequence) else list(sampling)
@@ -359,6 +350,15 @@ class Writer:
                     self.finish = "stop"
                 return text + rest, list(tokens[: number + 1])
         return text, list(tokens)
+
+
+def _read_before(prefix: Prefix | None, prompts: int) -> list[int]:
+    """Tokens that each row holds before its prompt."""
+    if prefix is None:
+        return [0] * prompts
+    if len(prefix) != prompts:
+        raise ValueError(f"there are {prompts} prompts and the prefix has {len(prefix)} rows; give one for each")
+    return prefix.positions
 
 
 def stop_table(stops: Sequence[Sequence[int]], width: int) -> np.ndarray:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from hola_jax.array_types import Array
 from hola_jax.config import ModelConfig
 from hola_jax.inference.prefix import Memory, Prefix, empty, width_of
-from hola_jax.model import Params
+from hola_jax.model import Params, named
+from hola_jax.weights.files import whole_file, write_file
 
 FORMAT = "hola_jax memory 1"
 SPEED_ONLY = ("remat", "check", "implementation")  # fields of a model's configuration that change no memory
@@ -43,15 +41,9 @@ def _sums(params: Params) -> Params:
 def digest(params: Params) -> str:
     """A fingerprint of parameters: of their names, shapes, types and numbers. It costs one pass over them."""
     found = jax.device_get(_sums(params))
-    shapes = {path: (x.shape, str(x.dtype)) for path, x in _named(params).items()}
-    text = json.dumps([[path, *shapes[path], int(x)] for path, x in _named(found).items()])
+    shapes = {path: (x.shape, str(x.dtype)) for path, x in named(params).items()}
+    text = json.dumps([[path, *shapes[path], int(x)] for path, x in named(found).items()])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """{"state.memory.fast_weights": array, ...}"""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 def meaning(config: ModelConfig) -> dict[str, Any]:
@@ -63,7 +55,7 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
 
 def save(path: Path, prefix: Prefix, config: ModelConfig, weights: str) -> int:
     """Writes a prefix; the file's size in bytes."""
-    arrays = {name: np.asarray(x) for name, x in _named(prefix.memory).items()}
+    arrays = {name: np.asarray(x) for name, x in named(prefix.memory).items()}
     arrays = {name: np.ascontiguousarray(_cut(name, x, len(prefix))) for name, x in arrays.items()}
     about = {
         "format": FORMAT,
@@ -71,20 +63,8 @@ def save(path: Path, prefix: Prefix, config: ModelConfig, weights: str) -> int:
         "weights": weights,
         "positions": json.dumps(prefix.positions),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        save_file(arrays, temporary, metadata=about)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's is for its owner alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        write_file(part, arrays, about)
     return path.stat().st_size
 
 
@@ -103,7 +83,7 @@ def load(path: Path, config: ModelConfig, weights: str, least_width: int = 1) ->
             batch = len(positions)
             expected = jax.eval_shape(lambda: empty(config, batch))
             found = {}
-            for name, x in _named(expected).items():
+            for name, x in named(expected).items():
                 if name not in file.keys():  # noqa: SIM118 - the file is no dict
                     raise ValueError(f"the snapshot {path} has no {name}; it was written by another version")
                 found[name] = file.get_tensor(name)
@@ -115,7 +95,7 @@ def load(path: Path, config: ModelConfig, weights: str, least_width: int = 1) ->
     if found["position"].tolist() != positions:
         raise ValueError(f"the snapshot {path} is damaged: its header and its memory tell different positions")
     structure = jax.tree.structure(expected)
-    memory: Memory = jax.tree.unflatten(structure, [jnp.asarray(found[name]) for name in _named(expected)])
+    memory: Memory = jax.tree.unflatten(structure, [jnp.asarray(found[name]) for name in named(expected)])
     return Prefix(memory, batch) if batch == width_of(batch, least_width) else _widened(memory, batch, least_width)
 
 

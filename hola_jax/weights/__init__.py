@@ -5,6 +5,6 @@ hola_jax.weights.save("OTHER", config, params)         # and back, bit for bit
 forward, _ = hola_jax.functional(hola_jax.LanguageModel(config))
 """
 
-from hola_jax.weights.huggingface import list_keys, load, save
+from hola_jax.weights.huggingface import configuration, list_keys, load, save
 
-__all__ = ["list_keys", "load", "save"]
+__all__ = ["configuration", "list_keys", "load", "save"]

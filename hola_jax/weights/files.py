@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30
+FOR_TRANSFORMERS = {"format": "pt"}  # without which transformers takes no file
 
 
 class Stored(NamedTuple):
@@ -128,10 +130,26 @@ def write(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_file(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """A safetensors file that transformers takes too, readable by whom the folder is."""
-    save_file(arrays, file, metadata={"format": "pt"})
-    file.chmod(file.parent.stat().st_mode & 0o666)  # the library's own choice is the owner alone
+def write_file(file: Path, arrays: dict[str, np.ndarray], about: Mapping[str, str] = FOR_TRANSFORMERS) -> None:
+    """A safetensors file with `about` in its header."""
+    file.touch()
+    mode = file.stat().st_mode  # of any new file here; the library's own choice is the owner alone
+    save_file(arrays, file, metadata=dict(about))
+    file.chmod(mode)
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A new file beside `file` to write, which takes its name and place in the end; after an error nothing is left."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -141,7 +159,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already; give the name of a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir()
     try:
         yield part

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from hola_jax.config import DType, ModelConfig
-from hola_jax.model import Params
+from hola_jax.model import Params, named
 from hola_jax.weights import files
 from hola_jax.weights.aliases import pattern, read_aliases, renamed
 from hola_jax.weights.fields import config_of, hugging_face
@@ -34,7 +34,29 @@ def load(
     dtype    of the matrices; vectors are float32. None leaves every tensor the type that it was stored with
     put      where each parameter goes as soon as it is read; `lambda x: x` keeps NumPy arrays
     """
-    folder = Path(folder)
+    found = _look(Path(folder), aliases)
+    keys = {key: name for name, key in found.names.items()}
+    params = _read(found.config, found.tensors, keys, dtype, put)
+    if found.tied is not None:
+        _check_tied({found.names["lm_head.weight"]: found.tied}, params, Path(folder))
+    return found.config, params
+
+
+def configuration(folder: Path | str, *, aliases: Path | str | None = None) -> ModelConfig:
+    """The model that a folder holds, checked as `load` does; no numbers are read."""
+    return _look(Path(folder), aliases).config
+
+
+class _Folder(NamedTuple):
+    """A folder whose config.json and headers agree."""
+
+    config: ModelConfig
+    tensors: dict[str, Stored]  # by their names in our tables
+    names: dict[str, str]  # in our tables: in the files
+    tied: Stored | None  # a head that is stored although it is the embedding
+
+
+def _look(folder: Path, aliases: Path | str | None) -> _Folder:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     where, meaning = folder / "config.json", read_aliases(aliases)
@@ -47,10 +69,7 @@ def load(
     wrong += _key_problems(config, tensors, names)
     if wrong:
         raise ValueError(f"{folder} is not the {config.mixer} that its config.json tells of:\n  " + "\n  ".join(wrong))
-    params = _read(config, tensors, {key: name for name, key in names.items()}, dtype, put)
-    if tied is not None:
-        _check_tied({names["lm_head.weight"]: tied}, params, folder)
-    return config, params
+    return _Folder(config, tensors, names, tied)
 
 
 def _tied_head(said: Mapping[str, Any], tensors: dict[str, Stored]) -> Stored | None:
@@ -198,11 +217,7 @@ def save(
 
 
 def _check_params(config: ModelConfig, params: Params) -> None:
-    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-        found = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in found}
-
-    given, needed = shapes(params), shapes(abstract_params(config))
+    given, needed = ({name: x.shape for name, x in named(tree).items()} for tree in (params, abstract_params(config)))
     wrong = [
         f"{name} is {given.get(name, 'absent')}, needed is {needed.get(name, 'none')}"
         for name in sorted(given | needed)

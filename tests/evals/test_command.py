@@ -12,8 +12,9 @@ from tests.laws.mixers import small
 from train import cli, config
 from train.checkpoint import Checkpoints, shapes
 from train.config import CheckpointConfig, TrainConfig
-from train.data.config import RecallTask, TextFolder
-from train.evaluate import load_model, prefix_of, tokenizer_of
+from train.data import loader, tokenizers
+from train.data.config import TextFolder
+from train.evaluate import prefix_of
 from train.layout import Layout
 from train.mesh import MeshConfig, make_mesh
 
@@ -29,7 +30,8 @@ def run(tmp_path_factory):
     layout = Layout(model, make_mesh(MeshConfig(), jax.devices()[:1]))
     checkpoints = Checkpoints(folder, CheckpointConfig(), print)
     for step in (1, 2):
-        checkpoints.save(step, layout.init(step), {"config": config.as_dict(chosen), "shapes": shapes(layout)})
+        about = {"config": config.as_dict(chosen), "data": loader.identity(chosen.data), "shapes": shapes(layout)}
+        checkpoints.save(step, layout.init(step), about)
     assert checkpoints.finish()
     checkpoints.close()
     (folder.parent / "wiki.raw").write_text(TEXT)
@@ -64,11 +66,18 @@ def test_a_run_is_measured(run, capsys):
     assert written["results"][2]["token_perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_model_is_that_of_the_step_asked_for(run):
-    model = small("hola", vocab_size=256, layers=1)
-    for step in (1, 2):
-        wanted, found = LanguageModel(model, seed=step), load_model(run, step, model)
-        np.testing.assert_array_equal(found.embedding[...], wanted.embedding[...])
+def test_a_hugging_face_folder_is_measured_as_the_run_it_came_from(run, capsys, tmp_path):
+    file = run.parent / "wiki.raw"
+    cli.main(["convert", str(run), str(tmp_path / "folder")])
+    with pytest.raises(SystemExit, match=r"folder has no tokenizer\.json; say which tokenizer with --tokenizer"):
+        evaluate(tmp_path / "folder", "--tasks", f"wikitext={file}")
+    evaluate(tmp_path / "folder", "--tasks", f"wikitext={file}", "--tokenizer", "bytes", "--window", "32")
+    evaluate(run, "--tasks", f"wikitext={file}", "--output", str(tmp_path / "run.json"))
+    found, wanted = (
+        json.loads(path.read_text()) for path in (tmp_path / "folder" / "evals" / "results.json", tmp_path / "run.json")
+    )
+    assert found["step"] is None and wanted["step"] == 2
+    assert found["results"][0]["token_perplexity"] == wanted["results"][0]["token_perplexity"]
 
 
 @pytest.mark.parametrize(
@@ -76,31 +85,27 @@ def test_the_model_is_that_of_the_step_asked_for(run):
     [
         (["--tasks", "passkie@2k"], "there is no task 'passkie'; did you mean 'passkey'"),
         (["--tasks", "wikitext=none.raw"], "there is no file none.raw, named as wikitext"),
-        (["--tasks", "passkey", "--step", "7"], "has no checkpoint of step 7; it has 1, 2"),
+        (["--tasks", "passkey", "--step", "7"], "has no checkpoint of step 7; it has those of 1, 2"),
         (["--tasks", "passkey", "--tokenizer", "sentences"], "there is no tokenizer 'sentences'"),
         (["--tasks"], "no task is named"),
     ],
 )
 def test_it_refuses_before_it_loads_a_model(run, arguments, told, monkeypatch):
-    monkeypatch.setattr("train.evaluate.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("train.trained.model_of", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit) as ended:
         evaluate(run, *arguments)
     assert told in str(ended.value)
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_nearest(run):
-    with pytest.raises(SystemExit, match=r"there is no run folder .*tinny; did you mean .*tiny\?"):
+    with pytest.raises(SystemExit, match=r"there is no folder .*tinny; did you mean .*tiny\?"):
         cli.main(["eval", str(run.parent / "tinny"), "--tasks", "passkey"])
 
 
-def test_numbers_without_text_have_no_tokenizer():
-    with pytest.raises(ValueError, match="--tokenizer"):
-        tokenizer_of(RecallTask())
-    assert prefix_of(tokenizer_of(TextFolder("texts"))) == 255
+def test_bytes_begin_with_their_end_of_a_document():
+    assert prefix_of(tokenizers.load("bytes")) == 255
 
 
 def test_mistral_texts_begin_with_its_first_token():
     pytest.importorskip("mistral_common", reason="mistral-common is not installed")
-    from train.data import tokenizers
-
     assert prefix_of(tokenizers.load("mistral-v1")) == 1

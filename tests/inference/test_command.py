@@ -136,6 +136,22 @@ def test_serving_binds_to_loopback(run_folder: str, tmp_path: Path, monkeypatch:
         assert answer.json()["usage"]["prompt_tokens"] == 6
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--port", "70000", "--port is 70000; it must be from 1 to 65535"),
+        ("--slots", "0", "slots is 0; it must be an integer of at least 1"),
+        ("--api-key-file", os.devnull, "is empty; it must hold the API key"),
+        ("--chat-turn", "{role}", "it must hold {content}"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(run_folder: str, option: str, value: str, words: str) -> None:
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["serve", run_folder, option, value])
+    assert words in str(exit.value) and "\n" not in str(exit.value)
+
+
 def test_without_the_extra_serving_says_what_to_install(run_folder: str, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit, match=r"hola serve needs uvicorn: pip install 'hola-jax\[serve\]'"):

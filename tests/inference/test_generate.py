@@ -137,6 +137,7 @@ def test_rows_are_branched_inserted_and_dropped() -> None:
         (lambda g: g.generate(), "nothing to continue"),
         (lambda g: g.generate(prefix=g.read(["a"]).rows([])), "no rows are named"),
         (lambda g: g.read(["a", "b"], g.read(["a"])), "2 prompts and the prefix has 1 rows"),
+        (lambda g: g.generate(["a"], prefix=g.read(["a", "b"])), "1 prompts and the prefix has 2 rows"),
         (lambda g: Generator(model()).generate(["text"]), "has no tokenizer"),
         (lambda g: hola_jax.generate(g, "a", tokenizer=Bytes()), "has its tokenizer already"),
         (lambda g: Generator(model(), pieces=(8, 16)), "the longest first"),

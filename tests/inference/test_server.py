@@ -28,7 +28,7 @@ from tests.inference.models import model
 from train.data.tokenizers import Bytes
 
 KEY = "a key"
-LIMITS = Limits(prompt_tokens=300, max_tokens=4000, choices=64, body_bytes=20_000, body_seconds=1.0)
+LIMITS = Limits(prompt_tokens=300, max_tokens=400_000, choices=64, body_bytes=20_000, body_seconds=1.0)
 ENDLESS = Request(max_tokens=10**6, sampling=GREEDY, stop_tokens=())
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom"
 
@@ -113,6 +113,18 @@ def test_a_stream_is_the_answer_in_parts(served: Served) -> None:
     assert texts == [choice.text for choice in whole.choices] and len(set(texts)) == 4
 
 
+def test_several_answers_to_a_prompt_read_it_once(served: Served) -> None:
+    client, counters = served.client(), served.batcher.counters
+    alone = [
+        client.completions.create(model="tiny", prompt=TEXT, max_tokens=5, seed=seed).choices[0].text
+        for seed in (7, 8, 9)
+    ]
+    before = counters.prompt_tokens
+    together = client.completions.create(model="tiny", prompt=TEXT, max_tokens=5, seed=7, n=3)
+    assert [choice.text for choice in together.choices] == alone
+    assert counters.prompt_tokens - before == len(TEXT) == together.usage.prompt_tokens
+
+
 def test_chat(served: Served) -> None:
     client = served.client()
     messages: Any = [
@@ -135,7 +147,7 @@ def test_chat(served: Served) -> None:
 def test_who_goes_away_frees_the_slot(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.batcher.generator, "stop_tokens", lambda request: ())
     before = served.batcher.counters.cancelled
-    endless = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "stream": True, "seed": 1}
+    endless = {"model": "tiny", "prompt": "a", "max_tokens": 400_000, "stream": True, "seed": 1}
     with httpx.stream(
         "POST", served.url + "/v1/completions", json=endless, headers={"Authorization": f"Bearer {KEY}"}
     ) as r:
@@ -158,7 +170,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": ["a", 3]}, 400, "prompt must be"),
     ({"prompt": "a" * 301}, 400, "301 tokens; at most 300"),
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
-    ({"prompt": "a", "max_tokens": 4001}, 400, "at most 4000"),
+    ({"prompt": "a", "max_tokens": 400_001}, 400, "at most 400000"),
     ({"prompt": "a", "max_tokens": "9"}, 400, "must be an integer"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
     ({"prompt": "a", "temperature": [1]}, 400, "temperature is"),

@@ -98,7 +98,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     def fails(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("hola_jax.inference.snapshot.save_file", fails)
+    monkeypatch.setattr("hola_jax.weights.files.save_file", fails)
     with pytest.raises(OSError, match="no space left"):
         g.save(path, g.read([LONG]))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["memory"]

@@ -80,6 +80,17 @@ def test_a_file_without_a_config_is_refused(tmp_path):
         load(str(tmp_path / "empty.py"))
 
 
+def test_every_verb_says_in_a_line_what_it_does_and_how_it_is_called(capsys):
+    for arguments, code, told in (["--help"], 0, "out"), ([], 2, "err"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == code
+        lines = getattr(capsys.readouterr(), told).splitlines()[2:]
+        assert [line.split()[0] for line in lines] == list(cli.VERBS) and max(map(len, lines)) <= 110
+    for name, verb in cli.VERBS.items():
+        assert f": `hola {name}" in verb.__doc__.splitlines()[0]
+
+
 @pytest.mark.parametrize("arguments", [["train", "--help"], ["train"]])
 def test_help_is_there(arguments, capsys):
     with pytest.raises(SystemExit):

@@ -25,9 +25,10 @@ SAMPLED_FILES = 100  # files that a tokenizer is learnt from, at most
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Turn JSON lines of text (SlimPajama's *.jsonl.zst; also .jsonl and .jsonl.gz) into tokenised shards for training.
+    """Turn JSON lines of text into tokenised shards for training: `hola prepare FOLDER --out SHARDS`.
 
-    What is done is kept: after any interruption run the same command again. docs/data.md says what the folder holds.
+    FOLDER may hold *.jsonl.zst, as SlimPajama's, *.jsonl and *.jsonl.gz. What is done is kept: after any interruption run
+    the same command again. docs/data.md says what SHARDS holds.
     """
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional]
