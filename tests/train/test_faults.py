@@ -96,7 +96,8 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(tmp_path
 def test_a_full_disk_stops_with_a_word_and_leaves_older_checkpoints(tmp_path):
     folder = tmp_path / "run"
     assert run(folder, "--steps=20", "--log_every=1000")[0] == 0
-    code, said = finish(start(folder, "--steps=40", "--log_every=1000", before=small_disk(4)))
+    uncached = {"env": dict(os.environ, TINY_DEVICES="1", JAX_ENABLE_COMPILATION_CACHE="0")}
+    code, said = finish(start(folder, "--steps=40", "--log_every=1000", before=small_disk(4), **uncached))
     assert code == 1 and "could not be written" in said and "those of steps 10, 20 are intact" in said, said
     assert "40/40" in said and "its last checkpoint is not written" in said  # it trained on to the end
     code, said = run(folder, "--steps=40")
