@@ -108,7 +108,7 @@ def merge(tokens: Tokens, cache: Rows, before: Any, after: Any, first: Any, sour
 
 
 def keep(cache: Rows, saved: Saved) -> None:
-    """What a block finds, and for now that it changes nothing."""
+    """What a block finds; its sources are those of a block that changes nothing, until `merge` writes them."""
     saved.keys[...], saved.values[...] = cache.keys[...], cache.values[...]
     saved.scores[...], saved.source[...] = cache.scores[...], index((1, cache.keys.shape[0]), 1)
 
