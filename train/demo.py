@@ -1,83 +1,168 @@
-"""`hola demo`: a small HOLA and a small Gated DeltaNet, alike but for the exact cache, on text and on recall."""
+"""`hola demo`: three small models, alike but for their memory, on text; what each reached, and a page of what HOLA keeps."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 from hola_jax import LanguageModel, MemoryConfig, ModelConfig
-from hola_jax.config import Mixer, parameter_count
-from train.fit import fit, made_batches, rows_at_random, scores
+from hola_jax.diagnostics.page import Shown, page
+from train import loop
+from train.compare import Measured, Texts, as_json, figures, measure, sentences, table
+from train.config import CheckpointConfig, TrainConfig, as_dict, differences
+from train.data import files, tokenizers
+from train.data.config import LibraryText
+from train.data.folder import texts as library_texts
+from train.optimizer import OptimizerConfig
+from train.overrides import override, pairs
 from train.progress import clock
-from train.sources import Recall, library_text
+from train.trained import trained
+from train.weights import look
 
-NAMES: dict[Mixer, str] = {"hola": "HOLA", "gated_deltanet": "Gated DeltaNet"}
-TEXT = ModelConfig(
-    vocab_size=256, dim=64, layers=2, heads=2, dtype="float32", memory=MemoryConfig(window=32, block=64, chunk=32)
+ROWS = {"gdn": "Gated DeltaNet", "recency": "HOLA + recency", "hola": "HOLA"}  # run folders, and what they are called
+FULL = TrainConfig(
+    run="runs/three",
+    model=ModelConfig(
+        vocab_size=1024,
+        dim=128,
+        layers=2,
+        heads=2,
+        dtype="float32",
+        memory=MemoryConfig(window=32, block=64, chunk=32),
+    ),
+    data=LibraryText(),
+    optimizer=OptimizerConfig(peak=3e-3, warmup=40),
+    checkpoint=CheckpointConfig(every=100, keep=1, keep_best=0),
+    steps=600,
+    global_batch=4,
+    row=512,
+    loss_chunk=512,
 )
-RECALL = ModelConfig(
-    vocab_size=Recall.vocab_size,
-    dim=64,
-    layers=2,
-    heads=2,
-    key_dim=16,
-    value_dim=16,
-    dtype="float32",
-    memory=MemoryConfig(window=16, block=16, chunk=16),
+SHOWN = 16  # blocks of the file on the page
+QUICK = dataclasses.replace(
+    FULL,
+    run="runs/three-quick",
+    model=dataclasses.replace(FULL.model, dim=64, vocab_size=512),
+    steps=150,
+    row=256,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train a small HOLA and a small Gated DeltaNet side by side, and print what each reached: `hola demo`.
+    """Train three small models and show what HOLA keeps: `hola demo`, or `hola demo --quick` in two minutes.
 
-    Both read the standard library's source (split by file into training and held-out text, bytes as tokens) and learn to
-    recall planted facts. The numbers are printed whichever is better.
+    Gated DeltaNet, HOLA whose cache holds the latest tokens, and HOLA read the standard library's source: the same data,
+    sizes and steps. Printed are the perplexity of held-out files and how well each repeats what stood earlier in them, by
+    distance, whichever is better; page.html in the folder shows what HOLA's cache kept of one file and where it looked.
+    Interrupted, the same command goes on. The folder's gdn, recency and hola are runs for `hola generate`, `hola eval`.
     """
 
-    text_steps: int = 300
-    """Training steps on text."""
-    recall_steps: int = 400
-    """Training steps on recall."""
-    tokens: int = 256
-    """Bytes of a row of text."""
-    seed: int = 0
-    """Of initial parameters and of the order of the data."""
-
-    def __post_init__(self) -> None:
-        for name in ("text_steps", "recall_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.tokens < 2:
-            raise ValueError(f"--tokens is {self.tokens}; it must be at least 2")
+    quick: bool = False
+    """Smaller and shorter, with the same page."""
+    folder: str | None = None
+    """Of the runs and the page; unless given, runs/three, or runs/three-quick."""
+    settings: tuple[str, ...] = ()
+    """Of all three runs, such as steps=1000 model.memory.state_scale=1 (`hola train configs/demo.py --help` lists them)."""
+    longest: int | None = None
+    """Tokens of each held-out file that are read; unless given, eight rows."""
 
     def run(self) -> None:
         start = time.monotonic()
-        text = {mixer: self._text(mixer) for mixer in NAMES}
-        recall = {mixer: self._recall(mixer) for mixer in NAMES}
-        print(f"\n{'':16}{'parameters':>12}{'held-out perplexity':>22}{'recall':>10}")
-        for mixer, name in NAMES.items():
-            count = parameter_count(dataclasses.replace(TEXT, mixer=mixer))["total"]
-            print(f"{name:16}{count:12,}{text[mixer]:18.3f} / byte{recall[mixer]:10.1%}")
-        asked = f"{Recall.pairs} facts, asked again and again in {Recall.tokens} tokens"
-        print(f"Recall: {asked}; guessing gives {1 / Recall.kind:.1%}. Done in {clock(time.monotonic() - start)}.")
-
-    def _text(self, mixer: Mixer) -> float:
-        train, held_out = library_text(self.tokens)
-        model = LanguageModel(dataclasses.replace(TEXT, mixer=mixer), seed=self.seed)
-        params = fit(model, rows_at_random(train, 8, self.seed), self.text_steps, 3e-3, f"{NAMES[mixer]:15}text  ")
-        spread = held_out[np.linspace(0, len(held_out) - 1, min(256, len(held_out))).astype(int)].astype(np.int32)
-        batches = [(rows, np.ones(rows.shape, bool)) for rows in np.array_split(spread, max(1, len(spread) // 16))]
-        return math.exp(scores(model, params, batches)[0])
-
-    def _recall(self, mixer: Mixer) -> float:
-        task = Recall()
-        model = LanguageModel(dataclasses.replace(RECALL, mixer=mixer), seed=self.seed)
-        params = fit(
-            model, made_batches(task.batch, 32, self.seed), self.recall_steps, 5e-3, f"{NAMES[mixer]:15}recall"
+        recipe = self.recipe()
+        folder = Path(recipe.run)
+        recipe = dataclasses.replace(
+            recipe, data=LibraryText(tokenizer=tokenizer_file(folder, recipe.model.vocab_size))
         )
-        draw = np.random.default_rng(self.seed + 10**6)
-        return scores(model, params, [task.batch(draw, 32, fewest=task.pairs) for _ in range(8)])[1]
+        for number, name in enumerate(ROWS):
+            left = f", about {clock((time.monotonic() - start) / number * (3 - number))} left" if number else ""
+            say(f"{number + 1} of 3: {ROWS[name]} ({clock(time.monotonic() - start)} gone{left})")
+            train(run_of(recipe, name))
+        texts = Texts.of_library(recipe, self.longest or 8 * recipe.row)
+        models = {name: trained(folder / name)[0] for name in ROWS}
+        measured = {name: measure(model, texts, ROWS[name]) for name, model in models.items()}
+        said = sentences(measured, ROWS, recipe.model.memory, texts)
+        say("\n" + "\n".join([table(measured, ROWS, texts), "", *said]))
+        results = {"config": as_dict(recipe), "models": as_json(measured, texts), "found": said}
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        page = folder / "page.html"
+        page.write_text(picture(models["hola"], measured, said, texts, recipe))
+        say(f"\n{page} shows what HOLA's cache kept; open it in a browser. Done in {clock(time.monotonic() - start)}.")
+
+    def recipe(self) -> TrainConfig:
+        """What the three runs have in common; what is wrong with it is said here."""
+        config = QUICK if self.quick else FULL
+        for name, value in pairs([f"--{setting}" for setting in self.settings]):
+            if name in ("run", "data") or name.startswith(("data.", "model.mixer", "model.memory.score")):
+                raise ValueError(f"{name} is not the demo's to set; it trains three models on the library's text")
+            config = override(config, name, value)
+        if self.longest is not None and self.longest < 2:
+            raise ValueError(f"--longest is {self.longest}; it must be at least 2")
+        return config if self.folder is None else dataclasses.replace(config, run=self.folder)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def tokenizer_file(folder: Path, vocab_size: int) -> str:
+    """The file of a BPE of the library's training text, learnt where the folder has none yet."""
+    path = (folder / "tokenizer.json").absolute()
+    if not path.is_file():
+        say(f"learning a vocabulary of {vocab_size} from the standard library's source")
+        files.write(str(path), tokenizers.train_bpe(library_texts(LibraryText(), "train").values(), vocab_size))
+    size = tokenizers.load(str(path)).vocab_size
+    if size != vocab_size:
+        raise ValueError(f"{path} has {size} tokens, and the model is to have {vocab_size}; give another --folder")
+    return str(path)
+
+
+def run_of(recipe: TrainConfig, name: str) -> TrainConfig:
+    """The recipe's run whose memory is that of `name`."""
+    model = recipe.model
+    if name == "gdn":
+        model = dataclasses.replace(model, mixer="gated_deltanet")
+    if name == "recency":
+        model = dataclasses.replace(model, memory=dataclasses.replace(model.memory, score="recency"))
+    return dataclasses.replace(recipe, run=str(Path(recipe.run) / name), model=model)
+
+
+def train(config: TrainConfig) -> None:
+    """Trains from where the run stands; a run of other settings is refused, for the three would differ in more."""
+    try:
+        saved = look(config.run)
+    except FileNotFoundError:
+        saved = None
+    if saved is not None and saved.about is not None:
+        changed = [line for line in differences(saved.about["config"], as_dict(config)) if not line.startswith("run:")]
+        if changed:
+            raise ValueError(f"{config.run} was begun with other settings: {'; '.join(changed)}. Give another --folder")
+        if saved.step == config.steps:
+            say(f"{config.run} has its {config.steps} steps already")
+            return
+    code = loop.run(config, command=["hola", "train", config.run])
+    if code:
+        sys.exit(code)
+
+
+def picture(
+    hola: LanguageModel, measured: dict[str, Measured], said: list[str], texts: Texts, recipe: TrainConfig
+) -> str:
+    """The page: of the file in whose beginning most is repeated from afar."""
+    memory = recipe.model.memory
+    length = min(SHOWN * memory.block, max(map(len, texts.rows)))
+    far = [np.count_nonzero(row[:length] > memory.window + memory.block) for row in texts.distances]
+    best = int(np.argmax(far))
+    tokens = texts.rows[best][:length]
+    shown = Shown(
+        name=texts.names[best],
+        tokens=tokens,
+        text=[texts.tokenizer.decode([token]) for token in tokens],
+        distances=texts.distances[best][:length],
+    )
+    return page(hola, shown, figures(measured, ROWS, texts, memory), said)

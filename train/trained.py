@@ -61,7 +61,7 @@ def _of_source(source: dict[str, Any]) -> Tokenizer | None:
     """The tokenizer of the data that a run's configuration names."""
     kind = source["kind"]
     if kind == sources.LibraryText.__name__:
-        return tokenizers.load("bytes")
+        return tokenizers.load(source.get("tokenizer", "bytes"))  # earlier runs knew no other
     if kind == sources.TextFolder.__name__:
         return tokenizers.load(source["tokenizer"])
     if kind == sources.Records.__name__:

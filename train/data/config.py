@@ -11,7 +11,10 @@ Split = Literal["train", "held_out"]
 
 @dataclasses.dataclass(frozen=True)
 class LibraryText:
-    """The standard library's own source, bytes as tokens: every machine with Python has it."""
+    """The standard library's own source: every machine with Python has it."""
+
+    tokenizer: str = "bytes"
+    """`bytes`, `mistral-v1`, or the path of a tokenizers JSON."""
 
 
 @dataclasses.dataclass(frozen=True)

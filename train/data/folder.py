@@ -13,21 +13,28 @@ from train.data.config import LibraryText, Split, TextFolder
 from train.sources import HELD_OUT, library_files
 
 
-def documents(source: LibraryText | TextFolder, split: Split) -> tuple[list[np.ndarray], tokenizers.Tokenizer]:
-    """(the tokens of each of the split's files, the tokenizer they are of)."""
+def texts(source: LibraryText | TextFolder, split: Split) -> dict[str, str]:
+    """The split's files: their texts by their names below the folder."""
     if isinstance(source, LibraryText):
         root = Path(sysconfig.get_path("stdlib"))
-        files, share, tokenizer = library_files(root), 1 / HELD_OUT, tokenizers.load("bytes")
+        files, share = library_files(root), 1 / HELD_OUT
     else:
         root = Path(source.path)
-        files, share, tokenizer = _matching(source), source.held_out, tokenizers.load(source.tokenizer)
-    chosen = [path for path in files if _held_out(path.relative_to(root), share) == (split == "held_out")]
+        files, share = _matching(source), source.held_out
+    names = {path: path.relative_to(root) for path in files}
+    chosen = [path for path in files if _held_out(names[path], share) == (split == "held_out")]
     if not chosen:
         raise ValueError(
             f"none of the {len(files)} files below {root} falls to the {split} split; add files or hold out others"
         )
     replace = isinstance(source, LibraryText)  # it has a few files in old encodings
-    return tokenizer.encode([_text(path, replace) for path in chosen]), tokenizer
+    return {names[path].as_posix(): _text(path, replace) for path in chosen}
+
+
+def documents(source: LibraryText | TextFolder, split: Split) -> tuple[list[np.ndarray], tokenizers.Tokenizer]:
+    """(the tokens of each of the split's files, the tokenizer they are of)."""
+    found, tokenizer = texts(source, split), tokenizers.load(source.tokenizer)
+    return tokenizer.encode(list(found.values())), tokenizer
 
 
 def _matching(source: TextFolder) -> list[Path]:

@@ -66,7 +66,7 @@ def identity(source: Source) -> dict[str, Any]:
     if isinstance(source, Records):
         made = shards.tokenizer_of(source, shards.read_manifest(source.path))
         return {"tokenizer": made.name, "hash": made.hash, "vocab_size": made.vocab_size}
-    tokenizer = tokenizers.load("bytes" if isinstance(source, LibraryText) else source.tokenizer)
+    tokenizer = tokenizers.load(source.tokenizer)
     return {"tokenizer": tokenizer.name, "hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
 
 
