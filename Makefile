@@ -2,6 +2,7 @@
 #
 #   make test PYTHON=python3.12     another interpreter than the newest
 #   make unit PYTEST="-n 0 -x"      other pytest options
+#   make demo DEMO=--quick          options of `hola demo`
 #   make test-torch TORCH=FILE      a CPU build of torch; what PyPI has for Linux brings gigabytes of CUDA
 
 PYTHON ?=
@@ -56,8 +57,8 @@ format: setup ## rewrite the sources as ruff likes them
 
 # Where there is no accelerator, libtpu, installed to compile for TPUs, need not look for one and complain.
 demo: export JAX_PLATFORMS := $(or $(JAX_PLATFORMS),$(if $(wildcard /dev/accel* /dev/vfio/* /dev/nvidia*),,cpu))
-demo: setup ## train a small HOLA and a small Gated DeltaNet and compare them
-	$(BIN)/hola demo
+demo: setup ## train three small models and show on one page what HOLA's cache keeps
+	$(BIN)/hola demo $(DEMO)
 
 bench-cpu: setup ## time the memory against its peers on one core
 	$(BIN)/python benchmarks/cpu.py

@@ -13,17 +13,20 @@ import numpy as np
 from hola_jax import LanguageModel, MemoryConfig, ModelConfig
 from hola_jax.diagnostics.page import Shown, page
 from train import loop
-from train.compare import Measured, Texts, as_json, figures, measure, sentences, table
+from train.compare import Measured, Texts, measure
 from train.config import CheckpointConfig, TrainConfig, as_dict, differences
 from train.data import files, tokenizers
 from train.data.config import LibraryText
 from train.data.folder import texts as library_texts
+from train.findings import as_json, figures, sentences, table, what_is_asked
 from train.optimizer import OptimizerConfig
 from train.overrides import override, pairs
 from train.progress import clock
 from train.trained import trained
 from train.weights import look
 
+SHOWN = 16  # blocks of the file on the page
+LEAST = 8  # tokens of a file in which something may be repeated
 ROWS = {"gdn": "Gated DeltaNet", "recency": "HOLA + recency", "hola": "HOLA"}  # run folders, and what they are called
 FULL = TrainConfig(
     run="runs/three",
@@ -43,7 +46,6 @@ FULL = TrainConfig(
     row=512,
     loss_chunk=512,
 )
-SHOWN = 16  # blocks of the file on the page
 QUICK = dataclasses.replace(
     FULL,
     run="runs/three-quick",
@@ -87,7 +89,7 @@ class Demo:
         models = {name: trained(folder / name)[0] for name in ROWS}
         measured = {name: measure(model, texts, ROWS[name]) for name, model in models.items()}
         said = sentences(measured, ROWS, recipe.model.memory, texts)
-        say("\n" + "\n".join([table(measured, ROWS, texts), "", *said]))
+        say("\n" + "\n".join([table(measured, ROWS, texts), what_is_asked(texts), "", *said]))
         results = {"config": as_dict(recipe), "models": as_json(measured, texts), "found": said}
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         page = folder / "page.html"
@@ -98,11 +100,11 @@ class Demo:
         """What the three runs have in common; what is wrong with it is said here."""
         config = QUICK if self.quick else FULL
         for name, value in pairs([f"--{setting}" for setting in self.settings]):
-            if name in ("run", "data") or name.startswith(("data.", "model.mixer", "model.memory.score")):
-                raise ValueError(f"{name} is not the demo's to set; it trains three models on the library's text")
+            if name == "run" or name.startswith(("data", "model.mixer", "model.memory.score")):
+                raise ValueError(f"{name} is not the demo's to set; --folder says where its three runs are")
             config = override(config, name, value)
-        if self.longest is not None and self.longest < 2:
-            raise ValueError(f"--longest is {self.longest}; it must be at least 2")
+        if self.longest is not None and self.longest < LEAST:
+            raise ValueError(f"--longest is {self.longest}; it must be at least {LEAST}")
         return config if self.folder is None else dataclasses.replace(config, run=self.folder)
 
 
@@ -165,4 +167,4 @@ def picture(
         text=[texts.tokenizer.decode([token]) for token in tokens],
         distances=texts.distances[best][:length],
     )
-    return page(hola, shown, figures(measured, ROWS, texts, memory), said)
+    return page(hola, shown, figures(measured, ROWS, memory, texts), said)

@@ -1,9 +1,8 @@
-"""What the demo trains on: text that every machine with Python has, and a recall task made on the spot."""
+"""Sources that need nothing: text that every machine with Python has, and a recall task made on the spot."""
 
 from __future__ import annotations
 
 import sysconfig
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,31 +22,13 @@ def library_files(root: Path | None = None) -> list[Path]:
     return files
 
 
-def library_text(tokens: int, root: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held out): rows of `tokens` bytes, each from one file, the two sets split by file."""
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    rows: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    for path in library_files(root):
-        data = np.frombuffer(path.read_bytes(), np.uint8)
-        whole = len(data) // tokens
-        held_out = zlib.crc32(path.relative_to(root).as_posix().encode()) % HELD_OUT == 0
-        rows[held_out].extend(data[: whole * tokens].reshape(whole, tokens))
-    for held_out, found in rows.items():
-        if not found:
-            kind = "held-out" if held_out else "training"
-            raise ValueError(
-                f"the source files below {root} give no {kind} row of {tokens} bytes; ask for shorter rows"
-            )
-    return np.stack(rows[False]), np.stack(rows[True])
-
-
 class Recall:
     """Facts planted at the start, asked for until the end: an exact memory's task.
 
     A row of 64 tokens is 32 pairs (key, value), both out of 16 symbols of their own. Its first pairs plant facts, each key
     once with a value at random; every later pair asks one of them again. What counts is the value of a question, predicted
-    at its key. Training mixes rows of 2 to 8 facts, for without the easy ones the hard ones are not learned in a demo's
-    time; 8 are what is measured.
+    at its key. Training mixes rows of 2 to 8 facts, for without the easy ones the hard ones are not learned in minutes; 8
+    are what is measured.
     """
 
     tokens, pairs, kind = 64, 8, 16

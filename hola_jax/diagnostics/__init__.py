@@ -1,5 +1,6 @@
-"""What a memory does: which tokens it keeps, how it is read."""
+"""What a memory does: which tokens it keeps, where it looks, and a page that shows both."""
 
+from hola_jax.diagnostics.insight import Insight, insight
 from hola_jax.diagnostics.vitals import vital_signs
 
-__all__ = ["vital_signs"]
+__all__ = ["Insight", "insight", "vital_signs"]

@@ -36,7 +36,8 @@ def curves(
     """Shares over named ranges, whiskers of one standard error; behind the range `reach` a line that says `beyond`."""
     height, low = 230, 190
     known = np.array([[s + e, s - e] for curve in found.values() for s, e in zip(*curve, strict=True)])
-    top = min(1.0, 0.05 * np.ceil(20 * np.nanmax(known))) if np.isfinite(known).any() else 1.0
+    most = np.nanmax(known) if np.isfinite(known).any() else 1.0
+    top = next((share for share in (0.04, 0.08, 0.2, 0.4, 0.6, 0.8) if most <= share), 1.0)
     step = (WIDTH - LEFT - RIGHT) / len(labels)
 
     def x(place: float) -> float:

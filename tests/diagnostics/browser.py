@@ -1,4 +1,7 @@
-"""A headless Chromium, spoken to in its DevTools protocol through two pipes: nothing to install but the browser."""
+"""A headless Chromium, spoken to in its DevTools protocol through two pipes: nothing to install but the browser.
+
+`python -m tests.diagnostics.browser page.html picture.png "#token=300"` takes a picture.
+"""
 
 import base64
 import fcntl
@@ -13,7 +16,9 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-LAUNCH = "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execvp(sys.argv[3], sys.argv[3:])"
+LAUNCH = (
+    "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execvp(sys.argv[3], sys.argv[3:])"
+)
 KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "Escape": 27, "Tab": 9, "Enter": 13}
 
 
@@ -31,7 +36,13 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory()
         ours, theirs = self._pipes()
         # No sandbox: root, which tests in a container are, cannot have one. The page is ours.
-        options = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        options = [
+            "--headless=new",
+            "--remote-debugging-pipe",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+        ]
         options += ["--no-first-run", "--disable-extensions", "--disable-background-networking", "--mute-audio"]
         options += [f"--user-data-dir={self.profile.name}", "about:blank"]
         launch = [sys.executable, "-c", LAUNCH, *map(str, theirs), command]
@@ -83,13 +94,11 @@ class Browser:
         """Shows a file and waits until its scripts have run."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url="about:blank")  # or another fragment would not load the page anew
         self.call("Page.navigate", url=file.absolute().as_uri() + fragment)
         until = time.monotonic() + self.patience
-        while not self.ask(f"location.href.startsWith('file:') && document.readyState === 'complete'"):
+        while not self.ask("location.href.startsWith('file:') && document.readyState === 'complete'"):
             if time.monotonic() > until:
                 raise TimeoutError(f"{file} was not loaded in {self.patience} s")
             time.sleep(0.05)
@@ -109,9 +118,7 @@ class Browser:
         )
         assert isinstance(place, list)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
@@ -130,3 +137,21 @@ class Browser:
             self.process.wait()
         os.close(self.reads)
         self.profile.cleanup()
+
+
+def main(
+    page: str, picture: str, fragment: str = "", width: str = "1280", height: str = "900", scheme: str = ""
+) -> None:
+    command = found()
+    if command is None:
+        sys.exit("no Chromium is on PATH; see tools/browser.sh")
+    browser = Browser(command)
+    try:
+        browser.open(Path(page), fragment, width=int(width), height=int(height), dark=scheme == "dark")
+        browser.picture(Path(picture))
+    finally:
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,36 +1,30 @@
-"""The demo's parts: its text, its task, its bar, its loop, and what the command line says."""
+"""The demo's parts: its recipe, its vocabulary, what it measures, what it says, its bar; and all of it with few steps."""
 
 import dataclasses
 import io
+import json
+import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from hola_jax import LanguageModel, preset
-from train import cli
-from train.demo import Demo
-from train.fit import fit, rows_at_random, scores
+from hola_jax import LanguageModel, MemoryConfig
+from hola_jax.diagnostics.repetition import Recall as Recalled
+from tests.diagnostics import browser
+from tests.laws.mixers import small
+from tests.train.processes import ROOT
+from tests.train.tiny_run import FLAGS
+from train import cli, compare, demo, findings
+from train.compare import Measured, Texts, measure
+from train.config import as_dict, differences
+from train.data import tokenizers
+from train.data.tokenizers import Bytes
+from train.demo import FULL, QUICK, ROWS, Demo, run_of, tokenizer_file
 from train.progress import Progress
-from train.sources import Recall, library_text
-
-
-def test_library_text_is_split_by_file(tmp_path):
-    for number in range(40):
-        (tmp_path / f"m{number}.py").write_bytes(bytes([number]) * 70)
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "t.py").write_bytes(b"x" * 640)
-    train, held_out = library_text(32, tmp_path)
-    assert train.shape[1] == held_out.shape[1] == 32
-    seen, unseen = set(np.unique(train)), set(np.unique(held_out))
-    assert seen | unseen == set(range(40)) and not seen & unseen
-
-
-def test_text_that_is_missing_or_too_short_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no \.py files"):
-        library_text(32, tmp_path)
-    (tmp_path / "a.py").write_text("pass")
-    with pytest.raises(ValueError, match="ask for shorter rows"):
-        library_text(32, tmp_path)
+from train.sources import Recall
 
 
 @pytest.mark.parametrize("fewest", [2, 8])
@@ -56,21 +50,28 @@ def test_progress_shows_share_and_time_left():
     )
 
 
-def test_fit_learns_and_is_repeatable():
-    rows = np.tile(np.arange(64, dtype=np.uint8) % 16, (4, 1))
-    model = LanguageModel(dataclasses.replace(preset("hola-tiny"), dim=32))
-    runs = [fit(model, rows_at_random(rows, 4, 0), 30, 1e-2, "fit") for _ in range(2)]
-    batch = [next(rows_at_random(rows, 4, 1))]
-    loss, right = scores(model, runs[0], batch)
-    assert loss < 1.5 and right > 0.5
-    assert scores(model, runs[1], batch) == (loss, right)
+def test_the_three_runs_differ_in_their_memory_alone():
+    runs = {name: as_dict(run_of(FULL, name)) for name in ROWS}
+    changed = {name: differences(runs["hola"], values) for name, values in runs.items()}
+    assert [line.partition(":")[0] for line in changed["gdn"]] == ["model.mixer", "run"]
+    assert [line.partition(":")[0] for line in changed["recency"]] == ["model.memory.score", "run"]
+    assert runs["hola"]["model"]["mixer"] == "hola" and runs["hola"]["model"]["memory"]["score"] == "surprise"
+
+
+def test_settings_reach_all_runs():
+    recipe = Demo(quick=True, settings=("model.memory.state_scale=1", "steps=7"), folder="here").recipe()
+    assert (recipe.model.memory.state_scale, recipe.steps, recipe.run) == (1.0, 7, "here")
+    assert recipe.row == QUICK.row < FULL.row == Demo().recipe().row
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["demo", "--tokens", "0"], "--tokens is 0; it must be at least 2"),
-        (["demo", "--text-stepz", "3"], "--text-steps"),
+        (["demo", "--longest", "3"], "--longest is 3; it must be at least 8"),
+        (["demo", "--settings", "model.mixer=gla"], "model.mixer is not the demo's to set"),
+        (["demo", "--settings", "run=x"], "run is not the demo's to set; --folder says where"),
+        (["demo", "--settings", "stepz=3"], "did you mean --steps?"),
+        (["demo", "--qwick"], "--quick"),
         (["dmeo"], "demo"),
     ],
 )
@@ -79,11 +80,119 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, reason, caps
         cli.main(arguments)
     assert stop.value.code
     said = capsys.readouterr()
-    assert reason in said.out + said.err
+    assert reason in said.out + said.err + str(stop.value.code)
+
+
+def test_the_vocabulary_is_learnt_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "library_texts", lambda source, split: {"a.py": "import os\nimport sys\n" * 9})
+    path = tokenizer_file(tmp_path / "new", 262)
+    assert tokenizers.load(path).vocab_size == 262
+    monkeypatch.setattr(demo, "library_texts", None)
+    assert tokenizer_file(tmp_path / "new", 262) == path
+    with pytest.raises(ValueError, match=r"has 262 tokens, and the model is to have 300; give another --folder"):
+        tokenizer_file(tmp_path / "new", 300)
+
+
+def texts(count=9, longest=700):
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, 31, int(size)).astype(np.int32) for size in draw.integers(5, longest, count)]
+    distances = [np.where(np.arange(len(row)) % 5 == 4, 1 + np.arange(len(row)) % 60, 0) for row in rows]
+    return Texts([str(n) for n in range(count)], rows, distances, [10, 40, 80], 1000, Bytes())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LanguageModel(small("hola", memory=MemoryConfig(window=4, block=16, chunk=8)))
+
+
+def test_what_is_measured_is_the_models_loss_on_every_token(model, monkeypatch):
+    monkeypatch.setattr(compare, "PIECE", 64)
+    few = texts(3, 100)
+    found = measure(model, few, "model")
+    for number, row in enumerate(few.rows):
+        padded = np.pad(row, (0, 100 - len(row)))[None]
+        logits = np.asarray(model(padded)[0][0, : len(row) - 1], np.float64)
+        log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats = -log[np.arange(len(row) - 1), row[1:]]
+        assert found.tokens[number] == len(nats) and found.nats[number] == pytest.approx(nats.sum(), rel=1e-5)
+        far = few.distances[number][1:]
+        within = (far > 10) & (far <= 40)
+        assert found.recall.nats[number, 1] == pytest.approx(nats[within].sum(), rel=1e-5)
+        assert found.recall.right[number, 1] == np.sum((logits.argmax(-1) == row[1:])[within])
+        assert found.recall.asked[number].sum() == np.count_nonzero(far)
+
+
+def made(nats, right, files=40):
+    """What a model of this loss and this share of known repetitions, near and far, would have."""
+    asked = np.full((files, 3), 10.0)
+    noise = 1 + 0.1 * np.random.default_rng(3).random(files)
+    recall = Recalled(asked, asked * right, asked * 2.0)
+    return Measured(1234, np.full(files, 100), 100 * nats * noise, recall)
+
+
+def said(hola, others):
+    told = {**others, "hola": hola}
+    names = {"gdn": "Gated DeltaNet", "hola": "HOLA", "recency": "HOLA + recency"}
+    memory, few = MemoryConfig(window=30, block=10, chunk=10), texts()
+    return findings.sentences(told, names, memory, few), findings.table(told, names, few)
+
+
+def test_the_sentences_say_what_was_found_whichever_way_it_came_out():
+    better, worse = made(3.0, np.array([0.5, 0.5, 0.3])), made(3.1, np.array([0.5, 0.5, 0.1]))
+    (first, *_), table = said(better, {"gdn": worse})
+    assert "below Gated DeltaNet's" in first and "lower on 40 of 40 files" in first
+    assert "about as many up to 40 tokens back" in first and "20.0 points more farther back" in first
+    (first, last), _ = said(worse, {"gdn": better})
+    assert "above Gated DeltaNet's" in first and "20.0 points fewer farther back" in first and "One seed" in last
+    (first, *_), _ = said(better, {"gdn": better})
+    assert "differ by less than these files can tell" in first and "about as many farther back" in first
+    assert f"{better.perplexity:.2f}" in table and "30.0%" in table and "2.000" in table
+
+
+def test_a_range_without_repetitions_is_left_open():
+    none = dataclasses.replace(made(3.0, np.ones(3)), recall=Recalled(*np.zeros((3, 40, 3))))
+    names = {"hola": "HOLA"}
+    assert findings.table({"hola": none}, names, texts()).count(" -") >= 6
+    known = findings.as_json({"hola": none}, texts())["hola"]["known"]
+    assert known == {"1-10": None, "11-40": None, "41-80": None} and not math.isnan(none.perplexity)
+    assert "nan" not in findings.figures({"hola": none}, names, MemoryConfig(window=30, block=10, chunk=10), texts())
+
+
+TINY = ["steps=3", "row=64", "global_batch=2", "log_every=1", "model.layers=1", "model.dim=16", "model.vocab_size=300"]
+TINY += ["model.memory.window=4", "model.memory.block=16", "model.memory.chunk=16", "model.mlp_dim=16"]
 
 
 @pytest.mark.slow
-def test_the_demo_prints_both_models(capsys):
-    Demo(text_steps=2, recall_steps=2, tokens=128).run()
-    out = capsys.readouterr().out
-    assert "HOLA" in out and "Gated DeltaNet" in out and out.count("/ byte") == 2 and "guessing gives" in out
+def test_the_whole_demo_with_few_steps(tmp_path, monkeypatch):
+    """It trains three runs, prints what they reached, and makes a page; run again, it has them and says the same."""
+    folder = tmp_path / "demo"
+    command = [sys.executable, "-m", "train.cli", "demo", "--quick", "--folder", str(folder), "--longest", "128"]
+
+    def run(*settings):
+        return subprocess.run(
+            [*command, "--settings", *TINY, *settings],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": FLAGS},
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    results = json.loads((folder / "results.json").read_text())
+    for name in ROWS:
+        perplexity = results["models"][name]["perplexity"]
+        assert 100 < perplexity < 400 and f"{perplexity:.2f}" in first.stdout  # guessing gives 300
+        assert (folder / name / "checkpoints" / "3").is_dir()
+    assert all(sentence in first.stdout for sentence in results["found"]) and len(results["found"]) == 3
+    other = run("optimizer.peak=1e-2")
+    assert other.returncode == 1 and "was begun with other settings: optimizer.peak" in other.stderr
+    if command := browser.found():
+        window = browser.Browser(command)
+        try:
+            window.open(folder / "page.html")
+            window.click("#example")
+            assert window.ask("document.querySelectorAll('#entries tr').length") > 1
+            assert window.ask("document.querySelectorAll('svg rect').length") == 3 and not window.failed
+        finally:
+            window.close()
