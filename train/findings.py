@@ -47,7 +47,7 @@ def what_is_asked(texts: Texts) -> str:
     count = sum(int(np.count_nonzero(far)) for far in texts.distances)
     return (
         f"{count:,} tokens of {len(texts.rows)} held-out files end {CONTEXT + 1} tokens that stood earlier in their file "
-        "and nowhere in the training text: only a memory of the file can know them."
+        "and nowhere in the training text: a model may guess them, a memory of the file knows them."
     )
 
 
@@ -125,7 +125,7 @@ def figures(measured: dict[str, Measured], names: Names, memory: MemoryConfig, t
         names,
         "Share of the repetitions known by each model, by distance",
         reach(memory),
-        "out of recency's reach",
+        "gone from recency's cache",
     )
     return (
         f"<figure><h3>Perplexity of held-out tokens</h3>{bars}</figure>"
