@@ -50,7 +50,7 @@ QUICK = dataclasses.replace(
     FULL,
     run="runs/three-quick",
     model=dataclasses.replace(FULL.model, dim=64, vocab_size=512),
-    steps=150,
+    steps=100,
     row=256,
 )
 
@@ -72,7 +72,7 @@ class Demo:
     settings: tuple[str, ...] = ()
     """Of all three runs, such as steps=1000 model.memory.state_scale=1 (`hola train configs/demo.py --help` lists them)."""
     longest: int | None = None
-    """Tokens of each held-out file that are read; unless given, eight rows."""
+    """Tokens of each held-out file that are read; unless given, 4096, or 1024."""
 
     def run(self) -> None:
         start = time.monotonic()
@@ -85,7 +85,7 @@ class Demo:
             left = f", about {clock((time.monotonic() - start) / number * (3 - number))} left" if number else ""
             say(f"{number + 1} of 3: {ROWS[name]} ({clock(time.monotonic() - start)} gone{left})")
             train(run_of(recipe, name))
-        texts = Texts.of_library(recipe, self.longest or 8 * recipe.row)
+        texts = Texts.of_library(recipe, self.longest or (1024 if self.quick else 4096))
         models = {name: trained(folder / name)[0] for name in ROWS}
         measured = {name: measure(model, texts, ROWS[name]) for name, model in models.items()}
         said = sentences(measured, ROWS, recipe.model.memory, texts)

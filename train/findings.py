@@ -120,7 +120,7 @@ def figures(measured: dict[str, Measured], names: Names, memory: MemoryConfig, t
     """Perplexity as bars and recall as curves, in HTML."""
     bars = charts.bars({key: each.perplexity for key, each in measured.items()}, names, "Perplexity of each model")
     known = charts.curves(
-        texts.ranges,
+        [f"\u2264{edge}" for edge in texts.edges],
         {key: charts.Curve(each.accuracy.tolist(), each.error.tolist()) for key, each in measured.items()},
         names,
         "Share of the repetitions known by each model, by distance",

@@ -53,7 +53,7 @@ def curves(
     for place, text in enumerate(labels):
         marks.append(f'<text x="{x(place):.1f}" y="{low + 16}" class="middle">{escape(text)}</text>')
     marks.append(
-        f'<text x="{(LEFT + WIDTH) / 2}" y="{low + 34}" class="middle">tokens since it stood there last</text>'
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{low + 34}" class="middle">tokens since it last stood there</text>'
     )
     if reach < len(labels):
         line = x(reach - 0.5)

@@ -50,7 +50,7 @@ def page(model: LanguageModel, shown: Shown, figures: str, sentences: Sequence[s
         "surprise": squares(surprise, most),
         "kept": coded(np.asarray(found.kept).transpose(0, 2, 1, 3).astype("<i2")),
         "weights": squares(weights, 1.0),
-        "example": example(weights[..., : memory.window], shown.distances),
+        "example": example(weights[..., : memory.window], np.asarray(found.kept), shown.distances, memory.block),
     }
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     parts = {
@@ -91,14 +91,16 @@ def chances(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.append(0.0, np.exp(log[np.arange(len(tokens) - 1), tokens[1:]]))
 
 
-def example(weights: np.ndarray, distances: np.ndarray) -> dict[str, int]:
-    """{token, layer, head} to point at: the read that leans most on one row of the cache, of a token behind which a
-    repetition ends where there are such."""
-    asking = np.flatnonzero(distances[1:] > 0)
-    tokens = asking if len(asking) else np.arange(weights.shape[2])
-    rows = weights[:, :, tokens].max(-1, initial=0)
-    layer, head, place = np.unravel_index(int(rows.argmax()), rows.shape)
-    return {"token": int(tokens[place]), "layer": int(layer), "head": int(head)}
+def example(weights: np.ndarray, kept: np.ndarray, distances: np.ndarray, block: int) -> dict[str, int]:
+    """{token, layer, head} to point at: the read that gave most to the cache's row of the token that comes next again; where
+    no cache holds such a token, the read that leans most on one row. `weights` are of the cache's rows."""
+    lean = weights.max(-1, initial=0)
+    answers = np.zeros_like(lean)
+    for token in np.flatnonzero(distances[1:]):
+        held = kept[:, token // block] == token + 1 - distances[token + 1]  # [N H W]
+        answers[:, :, token] = np.sum(weights[:, :, token] * held, axis=-1)
+    layer, head, token = np.unravel_index(int((answers if answers.any() else lean).argmax()), lean.shape)
+    return {"token": int(token), "layer": int(layer), "head": int(head)}
 
 
 def still_held(found: Insight, distances: np.ndarray, memory: MemoryConfig) -> str:

@@ -51,11 +51,11 @@ class Recall(NamedTuple):
 
 
 def edges(window: int, block: int, longest: int) -> list[int]:
-    """Ends of the ranges of distances: the block, all that a cache of the latest tokens sees, and doublings of that."""
+    """Ends of the ranges of distances: the block, all that a cache of the latest tokens sees, doublings of that, and all."""
     found = [block] if not window else [block, window + block]
-    while found[-1] < longest:
+    while 4 * found[-1] < longest:
         found.append(2 * found[-1])
-    return found
+    return found if longest <= found[-1] else [*found, longest]
 
 
 def recall(

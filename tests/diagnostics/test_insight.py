@@ -41,17 +41,15 @@ def layers(model):
     return [jax.tree.map(lambda x, n=n: x[n], handed_on) for n in range(2)]
 
 
-def test_the_forward_pass_is_the_models_own(model, found):
-    logits, _ = model(TOKENS[None])
-    np.testing.assert_allclose(found.logits, logits[0], rtol=1e-5, atol=1e-5)
-
-
-def test_each_block_finds_the_positions_that_the_model_holds_there(model, found):
+def test_the_forward_pass_and_what_each_block_finds_are_the_models_own(model, found):
     assert found.kept.shape[1] == 5  # before each of four blocks, and after the last
     state = model.init_state(1)
     for block in range(5):
         np.testing.assert_array_equal(found.kept[:, block], cached_positions(state.memory)[:, 0])
-        _, state = model(TOKENS[None, 8 * block : 8 * block + 8], state=state)
+        if block < 4:
+            piece = slice(8 * block, 8 * block + 8)
+            logits, state = model(TOKENS[None, piece], state=state)
+            np.testing.assert_allclose(found.logits[piece], logits[0], rtol=1e-4, atol=1e-5)
     assert np.all(found.kept[:, 0] == -1) and np.all(found.kept[:, 1:] >= 0)
 
 

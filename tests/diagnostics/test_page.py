@@ -11,7 +11,7 @@ import pytest
 
 from hola_jax import LanguageModel
 from hola_jax.diagnostics import charts, insight
-from hola_jax.diagnostics.page import Shown, page, plain, visible_weights
+from hola_jax.diagnostics.page import Shown, example, page, plain, visible_weights
 from tests.diagnostics import browser
 from tests.laws.mixers import small
 
@@ -64,8 +64,17 @@ def test_every_weight_that_is_visible_is_there_once(model):
     )
 
 
-def test_the_example_asks_for_what_stood_before(html_text):
-    assert plain(html_text)["example"]["token"] in (19, 29)
+def test_the_example_is_the_read_that_gave_most_to_what_comes_again(model):
+    found, distances = insight(model, TOKENS), np.zeros(37, np.int32)
+    weights, kept = visible_weights(found, 8)[..., :3], np.asarray(found.kept)
+    lean = example(weights, kept, distances, 8)
+    assert weights[lean["layer"], lean["head"], lean["token"]].max() == weights.max()
+    answer = int(kept[1, 3, 0, 2])  # a token that one cache holds in block 3: say that token 30 is the same again
+    distances[30] = 30 - answer
+    chosen = example(weights, kept, distances, 8)
+    assert chosen["token"] == 29 and answer in kept[chosen["layer"], 3, chosen["head"]]
+    given = np.asarray(found.weights)[:, 29, :, answer] * (kept[:, 3] == answer).any(-1)
+    assert given[chosen["layer"], chosen["head"]] == given.max() > 0
 
 
 def test_the_page_needs_nothing_else(html_text):
@@ -145,7 +154,9 @@ def test_another_head_and_a_link_show_another_read(window, file):
     assert window.ask("document.getElementById('entries').innerText") != first
     window.click("#clear")
     window.click("#example")
-    assert window.ask("document.querySelector('.chosen').dataset.token") in ("19", "29") and not window.failed
+    chosen = plain(file.read_text())["example"]
+    assert window.ask("document.querySelector('.chosen').dataset.token") == str(chosen["token"])
+    assert window.ask("document.getElementById('layer').value") == str(chosen["layer"]) and not window.failed
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False)])

@@ -42,9 +42,10 @@ def test_sequences_that_fit_no_number_are_refused():
 
 
 def test_recall_is_summed_by_text_and_range():
-    edges = repetition.edges(32, 64, 400)
-    assert edges == [64, 96, 192, 384, 768] and repetition.edges(0, 64, 64) == [64]
-    far = [np.array([0, 64, 65, 97]), np.array([768, 1, 0, 0])]
+    assert repetition.edges(32, 64, 2048) == [64, 96, 192, 384, 768, 2048] and repetition.edges(0, 64, 64) == [64]
+    edges = repetition.edges(32, 64, 1000)
+    assert edges == [64, 96, 192, 384, 1000]
+    far = [np.array([0, 64, 65, 97]), np.array([1000, 1, 0, 0])]
     right = [np.array([True, True, False, True]), np.array([False, True, True, True])]
     nats = [np.array([9.0, 1.0, 2.0, 3.0]), np.array([4.0, 5.0, 9.0, 9.0])]
     found = repetition.recall(far, right, nats, edges)
