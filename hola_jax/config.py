@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Literal, get_args
 
@@ -45,6 +46,7 @@ class ModelConfig:
     output_gate           whether the mixer's output is gated by a projection of its input
     conv_width            of the causal depthwise convolution on q, k and v of the delta-rule mixers
     negative_eigenvalues  beta in (0, 2) in place of (0, 1)
+    gate_init, read_init  of HOLA, at the beginning: the gate's logit, and both scales of the sharp read
     slots, decay_rank     slots per head of GSA; rank of GLA's decay projection
     mlp_dim               inner width of the SwiGLU; None is 8 D / 3, rounded up to a multiple of 256
     max_length            tokens that the Transformer's state can hold; every other state has a constant size
@@ -66,6 +68,8 @@ class ModelConfig:
     output_gate: bool = True
     conv_width: int = 4
     negative_eigenvalues: bool = False
+    gate_init: float = -4.0
+    read_init: float = 1.0
     slots: int = 64
     decay_rank: int = 16
     mlp_dim: int | None = None
@@ -95,6 +99,9 @@ class ModelConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"ModelConfig.{name} is {value!r}; it must be an integer of at least 1")
+        for name in ("gate_init", "read_init"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"ModelConfig.{name} is {getattr(self, name)!r}; it must be a finite number")
         self._check_heads()
 
     def _check_heads(self) -> None:

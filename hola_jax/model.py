@@ -30,7 +30,7 @@ State = Any  # a mixer's state, each array with a leading axis N
 
 
 class Block(nnx.Module):
-    """x += mixer(RMSNorm x); x += SwiGLU(RMSNorm x)."""
+    """x += mixer(RMSNorm x); x += SwiGLU(RMSNorm x). With the state afterwards, or what the mixer's `commit` makes it of."""
 
     def __init__(self, config: ModelConfig, key: Array) -> None:
         self.mixer_norm = RMSNorm(config.dim, config.norm_epsilon)
@@ -46,9 +46,10 @@ class Block(nnx.Module):
         *,
         sequence_axis: str | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
-        y, state = self.mixer(self.mixer_norm(x), segment_ids, state, sequence_axis=sequence_axis)
+        call = getattr(self.mixer, "answer", self.mixer)
+        y, after = call(self.mixer_norm(x), segment_ids, state, sequence_axis=sequence_axis)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + self.mlp(self.mlp_norm(x)), after
 
 
 def stacked_blocks(config: ModelConfig, key: Array) -> Block:
@@ -124,9 +125,12 @@ class LanguageModel(nnx.Module):
             params = params if gather is None else gather(params)
             return nnx.merge(structure, params)(x, segment_ids, state, sequence_axis=sequence_axis)
 
-        x, state = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (nnx.to_pure_dict(params), state))
+        x, after = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (nnx.to_pure_dict(params), state))
+        commit = getattr(MIXERS[self.config.mixer], "commit", None)
+        if commit is not None:
+            after = commit(self.init_state(tokens.shape[0]) if state is None else state, after)
         x = self.norm(x)
-        return (x if alignment is None else to_tokens(x, alignment)), state
+        return (x if alignment is None else to_tokens(x, alignment)), after
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """Logits in float32."""

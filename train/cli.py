@@ -17,6 +17,7 @@ from train.evaluate import Evaluate
 from train.export import Export
 from train.generate import Generate
 from train.serve import Serve
+from train.study.command import RunStudy
 
 
 class Command(Protocol):
@@ -82,6 +83,7 @@ VERBS: dict[str, Callable[..., Command]] = {
     "eval": Evaluate,
     "convert": Convert,
     "export": Export,
+    "study": RunStudy,
     "demo": Demo,
 }
 

@@ -70,6 +70,8 @@ def _of_source(source: dict[str, Any]) -> Tokenizer | None:
             raise FileNotFoundError(f"the run's data, {root}, are not here; name their tokenizer with --tokenizer")
         made = shards.read_manifest(source["path"]).tokenizer
         return tokenizers.named(made.name, None if made.file is None else (root / made.file).read_bytes())
+    if kind == sources.Facts.__name__:
+        return _of_source(source["noise"]) if _is_text(source) else None
     if kind == sources.Mixture.__name__:
         return next((_of_source(part) for _, part in source["parts"] if _is_text(part)), None)
     return None
@@ -78,4 +80,4 @@ def _of_source(source: dict[str, Any]) -> Tokenizer | None:
 def _is_text(source: dict[str, Any]) -> bool:
     if source["kind"] == sources.Mixture.__name__:
         return any(_is_text(part) for _, part in source["parts"])
-    return bool(source["kind"] != sources.RecallTask.__name__)
+    return bool(source["kind"] != sources.Facts.__name__ or source["noise"] is not None)

@@ -42,13 +42,14 @@ def rotate(x: Float[Array, "B T H K"], positions: Int32[Array, "B T"], theta: fl
 
 
 class Tokens(NamedTuple):
-    """Keys, values and where they stand; of this device, or of all along the sequence's axis."""
+    """What a state does not hold yet: keys, values and where they stand; of this device, or of all along the sequence's
+    axis."""
 
     keys: Array
     values: Array
     documents: Int32[Array, "B T"]
     positions: Int32[Array, "B T"]
-    bad: Bool[Array, "B T 1"]
+    spoilt: Bool[Array, "B T"]  # by NaN or inf, which keys and values lack: by their own, then by that of earlier ones
 
 
 class Attention(nnx.Module):
@@ -78,6 +79,18 @@ class Attention(nnx.Module):
         *,
         sequence_axis: str | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueState]:
+        y, tokens = self.answer(x, segment_ids, state, sequence_axis=sequence_axis)
+        return y, self.commit(self.init_state(self.config, x.shape[0]) if state is None else state, tokens)
+
+    def answer(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: KeyValueState | None = None,
+        *,
+        sequence_axis: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], Tokens]:
+        """The output, and the tokens that `commit` adds to the state: the state itself is only read."""
         batch, length, _ = x.shape
         fresh = state is None
         state = self.init_state(self.config, batch) if state is None else state
@@ -96,28 +109,46 @@ class Attention(nnx.Module):
         positions = start[:, None] + count - 1
 
         q, tokens = self._project(x, documents, positions)
-        everything, offset = tokens, jnp.zeros((), jnp.int32)
+        offset = jnp.zeros((), jnp.int32)
         if sequence_axis is not None:
             gathered = [lax.all_gather(part, sequence_axis, axis=1, tiled=True) for part in tokens]
-            everything, offset = Tokens(*gathered), lax.axis_index(sequence_axis) * length
+            tokens, offset = Tokens(*gathered), lax.axis_index(sequence_axis) * length
         several = segment_ids is not None
         spoilt = poison.spoilt_since(
-            everything.bad, everything.documents if several else None, state.spoilt[:, None], document
+            tokens.spoilt[..., None], tokens.documents if several else None, state.spoilt[:, None], document
         )[..., 0]
-        after = self._store(state, everything, spoilt[:, -1])
-        if not fresh:
-            o = self._attend(q, after.keys, after.values, self._mask(documents, positions, after.documents))
-        elif several or sequence_axis is not None:
-            mask = (positions[:, :, None] >= everything.positions[:, None]) & (
-                documents[:, :, None] == everything.documents[:, None]
+        tokens = tokens._replace(spoilt=spoilt)
+        mask = None
+        if several or sequence_axis is not None or not fresh:
+            mask = (positions[:, :, None] >= tokens.positions[:, None]) & (
+                documents[:, :, None] == tokens.documents[:, None]
             )
-            o = self._attend(q, everything.keys, everything.values, mask)
+        if fresh:
+            o = self._attend(q, tokens.keys, tokens.values, mask)
         else:
-            o = self._attend(q, everything.keys, everything.values, None)
+            assert mask is not None
+            o = behind(q, state, state.documents[:, None] == documents[:, :, None], tokens, mask)
         spoilt = lax.dynamic_slice_in_dim(spoilt, offset, length, axis=1)
         beyond = positions >= self.config.max_length  # no room: loud where it cannot be an error
         o = poison.spoil(o, (spoilt | beyond) & (documents > 0))
-        return self.output(o.reshape(batch, length, -1)), after
+        return self.output(o.reshape(batch, length, -1)), tokens
+
+    @staticmethod
+    def commit(state: KeyValueState, tokens: Tokens) -> KeyValueState:
+        """The state with the real tokens at their positions. All layers' at once as well as one's: then both have an axis
+        in front, and nothing but the tokens is written."""
+        real = tokens.documents > 0
+        place = jnp.where(real, tokens.positions, state.documents.shape[-1])
+        place = place.reshape(-1, *place.shape[-2:])[0]  # every layer's are alike
+        row = jnp.arange(place.shape[0])[:, None]
+        keys, values = tokens.keys.astype(state.keys.dtype), tokens.values.astype(state.values.dtype)
+        return KeyValueState(
+            state.keys.at[..., row, place, :, :].set(keys, mode="drop"),
+            state.values.at[..., row, place, :, :].set(values, mode="drop"),
+            state.documents.at[..., row, place].set(tokens.documents, mode="drop"),
+            state.position + jnp.sum(real, axis=-1, dtype=jnp.int32),
+            tokens.spoilt[..., -1],
+        )
 
     def _check(self, segment_ids: Array | None, state: KeyValueState, length: int) -> None:
         capacity = self.config.max_length
@@ -151,25 +182,7 @@ class Attention(nnx.Module):
         v = heads(self.value(x), config.key_head_count)
         bad = poison.not_finite(k) | poison.not_finite(v)
         k, v = poison.cleaned(k, bad), poison.cleaned(v, bad)
-        bad = jnp.any(bad, axis=-1, keepdims=True) & (documents > 0)[..., None]
-        return q, Tokens(k, v, documents, positions, bad)
-
-    def _store(self, state: KeyValueState, tokens: Tokens, spoilt: Bool[Array, " B"]) -> KeyValueState:
-        """The state with the real tokens at their positions."""
-        real = tokens.documents > 0
-        place = jnp.where(real, tokens.positions, self.config.max_length)
-        row = jnp.arange(place.shape[0])[:, None]
-        return KeyValueState(
-            state.keys.at[row, place].set(tokens.keys.astype(state.keys.dtype), mode="drop"),
-            state.values.at[row, place].set(tokens.values.astype(state.values.dtype), mode="drop"),
-            state.documents.at[row, place].set(tokens.documents, mode="drop"),
-            state.position + jnp.sum(real, axis=1, dtype=jnp.int32),
-            spoilt,
-        )
-
-    def _mask(self, documents: Array, positions: Array, stored: Array) -> Bool[Array, "B T S"]:
-        causal = jnp.arange(stored.shape[1]) <= positions[..., None]
-        return causal & (documents[..., None] == stored[:, None])
+        return q, Tokens(k, v, documents, positions, jnp.any(bad, axis=-1) & (documents > 0))
 
     def _attend(
         self, q: Array, keys: Array, values: Array, mask: Bool[Array, "B T S"] | None
@@ -182,3 +195,29 @@ class Attention(nnx.Module):
             is_causal=mask is None,
             implementation="xla" if self.config.implementation == "xla" else None,
         )
+
+
+def behind(
+    q: Float[Array, "B T H K"],
+    state: KeyValueState,
+    stored: Bool[Array, "B T S"],
+    tokens: Tokens,
+    new: Bool[Array, "B T U"],
+) -> Float[Array, "B T H K"]:
+    """Attention over the state and the new tokens, as far as the two masks let it look.
+
+    In two parts under one softmax: to put the tokens into the state first would copy it, once a layer and token.
+    """
+    groups = tokens.keys.shape[2]
+    q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
+    masks, keys = jnp.concatenate([stored, new], axis=-1), (state.keys, tokens.keys.astype(state.keys.dtype))
+    logits = [jnp.einsum("bthgk,bshk->bhgts", q, k, preferred_element_type=jnp.float32) for k in keys]
+    scaled = jnp.concatenate(logits, axis=-1) * q.shape[-1] ** -0.5
+    share = jax.nn.softmax(jnp.where(masks[:, None, None], scaled, -1e30)).astype(state.values.dtype)
+    parts = jnp.split(share, [stored.shape[-1]], axis=-1)
+    values = (state.values, tokens.values.astype(state.values.dtype))
+    old, own = (
+        jnp.einsum("bhgts,bshk->bthgk", p, v, preferred_element_type=jnp.float32)
+        for p, v in zip(parts, values, strict=True)
+    )
+    return (old + own).reshape(*q.shape[:2], -1, q.shape[-1]).astype(q.dtype)

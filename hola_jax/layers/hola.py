@@ -12,8 +12,6 @@ from hola_jax.config import ModelConfig
 from hola_jax.layers.gated_delta_net import GatedDeltaNet
 from hola_jax.memory import CacheParams, MemoryState, hola_memory, init_state
 
-CLOSED = -4.0  # the gate's first logit: the model begins close to Gated DeltaNet
-
 
 class ExactCache(nnx.Module):
     """What the cache and its read learn; none of it is decayed."""
@@ -23,11 +21,11 @@ class ExactCache(nnx.Module):
             return nnx.Param(jnp.full(size, value, jnp.float32), weight_decay=False)
 
         sharp = config.memory.read == "rmsnorm"
-        self.query_scale = param(1.0, config.key_width) if sharp else None
-        self.key_scale = param(1.0, config.key_width) if sharp else None
+        self.query_scale = param(config.read_init, config.key_width) if sharp else None
+        self.key_scale = param(config.read_init, config.key_width) if sharp else None
         self.temperature = None if sharp else param(1.0, config.heads)
         self.sink_logit = param(0.0, config.heads)
-        self.gate_logit = param(CLOSED, config.heads)
+        self.gate_logit = param(config.gate_init, config.heads)
 
     def params(self) -> CacheParams:
         def value(param: nnx.Param[Array] | None) -> Array | None:

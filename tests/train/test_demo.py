@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hola_jax import LanguageModel, MemoryConfig
-from hola_jax.diagnostics.repetition import Recall as Recalled
+from hola_jax.diagnostics.repetition import Recall
 from tests.diagnostics import browser
 from tests.laws.mixers import small
 from tests.train.processes import ROOT
@@ -24,19 +24,6 @@ from train.data import tokenizers
 from train.data.tokenizers import Bytes
 from train.demo import FULL, QUICK, ROWS, Demo, run_of, tokenizer_file
 from train.progress import Progress
-from train.sources import Recall
-
-
-@pytest.mark.parametrize("fewest", [2, 8])
-def test_recall_asks_only_for_what_was_planted(fewest):
-    tokens, mask = Recall().batch(np.random.default_rng(0), 20, fewest)
-    assert tokens.shape == mask.shape == (20, 64)
-    for row, asked in zip(tokens, mask, strict=True):
-        told = int(np.argmax(asked)) // 2
-        facts = dict(zip(row[: 2 * told : 2], row[1 : 2 * told : 2], strict=True))
-        assert fewest <= told == len(facts) <= 8
-        assert np.array_equal(np.flatnonzero(asked), np.arange(2 * told, 64, 2))
-        assert all(facts[row[t]] == row[t + 1] for t in np.flatnonzero(asked))
 
 
 def test_progress_shows_share_and_time_left():
@@ -126,7 +113,7 @@ def made(nats, right, files=40):
     """What a model of this loss and this share of known repetitions, near and far, would have."""
     asked = np.full((files, 3), 10.0)
     noise = 1 + 0.1 * np.random.default_rng(3).random(files)
-    recall = Recalled(asked, asked * right, asked * 2.0)
+    recall = Recall(asked, asked * right, asked * 2.0)
     return Measured(1234, np.full(files, 100), 100 * nats * noise, recall)
 
 
@@ -150,7 +137,7 @@ def test_the_sentences_say_what_was_found_whichever_way_it_came_out():
 
 
 def test_a_range_without_repetitions_is_left_open():
-    none = dataclasses.replace(made(3.0, np.ones(3)), recall=Recalled(*np.zeros((3, 40, 3))))
+    none = dataclasses.replace(made(3.0, np.ones(3)), recall=Recall(*np.zeros((3, 40, 3))))
     names = {"hola": "HOLA"}
     assert findings.table({"hola": none}, names, texts()).count(" -") >= 6
     known = findings.as_json({"hola": none}, texts())["hola"]["known"]

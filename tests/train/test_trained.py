@@ -12,7 +12,7 @@ from train import config as configuration
 from train.checkpoint import Checkpoints, shapes
 from train.config import CheckpointConfig
 from train.data import loader, tokenizers
-from train.data.config import LibraryText, Mixture, RecallTask, Records, TextFolder
+from train.data.config import Facts, LibraryText, Mixture, Records, TextFolder
 from train.layout import Layout
 from train.mesh import MeshConfig, make_mesh
 from train.trained import model_of, tokenizer_of, trained
@@ -64,11 +64,12 @@ def test_a_source_tells_its_tokenizer(tmp_path):
     own = TextFolder("texts", tokenizer=str(tmp_path / "own.json"))
     assert tokenizer_of(saved_with(LibraryText())).name == "bytes"
     assert tokenizer_of(saved_with(own)).name == "own.json"
-    assert tokenizer_of(saved_with(Mixture(((1.0, RecallTask()), (2.0, TextFolder("texts")))))).name == "bytes"
+    assert tokenizer_of(saved_with(Facts(noise=own))).name == "own.json"
+    assert tokenizer_of(saved_with(Mixture(((1.0, Facts()), (2.0, TextFolder("texts")))))).name == "bytes"
 
 
 def test_numbers_without_text_have_no_tokenizer_but_take_one():
-    saved = saved_with(RecallTask())
+    saved = saved_with(Facts())
     with pytest.raises(ValueError, match="numbers without a text; say which tokenizer with --tokenizer"):
         tokenizer_of(saved)
     assert tokenizer_of(saved, "bytes").name == "bytes"

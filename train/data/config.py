@@ -47,12 +47,43 @@ class Records:
     """At start: sizes and footers of all shards ("size"), checksums too ("full"), or full up to 1 GiB ("auto")."""
 
 
+Text = LibraryText | TextFolder | Records
+
+
 @dataclasses.dataclass(frozen=True)
-class RecallTask:
-    """Facts planted and asked for again, made on the fly without end (`train.sources.Recall`)."""
+class Facts:
+    """Rows made on the fly without end: facts stand among noise, and in the last quarter some are asked for again.
+
+    A fact is a key and behind it its value, two tokens of their own; a question is the key once more. What counts is the
+    value that is answered.
+    """
+
+    most: int = 12
+    """Facts of a row at most."""
+    fewest: int = 1
+    """And at least: rows with few are what a model learns from first."""
+    asked: int = 8
+    """Questions of a row, each for another fact; fewer where there are fewer facts."""
+    told: tuple[float, float] = (0.0, 0.75)
+    """Between which shares of a row the facts stand."""
+    kinds: int = 64
+    """How many keys there are, how many values, and how many tokens of noise where `noise` is None."""
+    noise: Text | None = None
+    """The text among which the facts stand: its tokens come first, keys and values behind them. None draws it at random."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fewest <= self.most <= self.kinds:
+            raise ValueError(
+                f"Facts has fewest={self.fewest}, most={self.most}, kinds={self.kinds}; they must be 1 <= fewest <= most <= "
+                "kinds"
+            )
+        if self.asked < 1:
+            raise ValueError(f"Facts.asked is {self.asked}; it must be at least 1")
+        if not 0 <= self.told[0] < self.told[1] <= 0.75:
+            raise ValueError(f"Facts.told is {self.told}; it must be two shares from 0 to 0.75, the smaller first")
 
 
-Part = LibraryText | TextFolder | Records | RecallTask
+Part = Text | Facts
 
 
 @dataclasses.dataclass(frozen=True)

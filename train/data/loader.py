@@ -20,11 +20,11 @@ import numpy as np
 from absl import flags
 
 from train.data import folder, shards, tokenizers
-from train.data.config import LibraryText, Mixture, Part, RecallTask, Records, Source, Split, TextFolder
+from train.data.config import Facts, Mixture, Part, Records, Source, Split, Text
+from train.data.facts import FactRows
 from train.data.record import token_type
-from train.data.rows import PackedRows, RecallRows, Row, derived_seed
+from train.data.rows import PackedRows, Row, derived_seed
 from train.data.tokens import InMemory, Tokens
-from train.sources import Recall
 
 
 class MapRows(Protocol):
@@ -60,9 +60,8 @@ def identity(source: Source) -> dict[str, Any]:
     """{"tokenizer", "hash", "vocab_size"} of the numbers in the rows: what a checkpoint keeps and compares at resume."""
     if isinstance(source, Mixture):
         return _identity_of_parts([part for _, part in source.parts])
-    if isinstance(source, RecallTask):
-        digest = hashlib.sha256(f"hola recall {Recall().vocab_size}".encode()).hexdigest()
-        return {"tokenizer": "recall", "hash": digest, "vocab_size": Recall().vocab_size}
+    if isinstance(source, Facts):
+        return {**_identity_of_noise(source), "vocab_size": _first(source) + 2 * source.kinds}
     if isinstance(source, Records):
         made = shards.tokenizer_of(source, shards.read_manifest(source.path))
         return {"tokenizer": made.name, "hash": made.hash, "vocab_size": made.vocab_size}
@@ -71,9 +70,9 @@ def identity(source: Source) -> dict[str, Any]:
 
 
 def _identity_of_parts(parts: list[Part]) -> dict[str, Any]:
-    """The one tokenizer of all parts; recall has none of its own to disagree with, but needs its numbers."""
+    """The one tokenizer of all parts; facts among no text have none to disagree with, but need their numbers."""
     found = {part: identity(part) for part in parts}
-    texts = [part for part in found if not isinstance(part, RecallTask)]
+    texts = [part for part in found if not (isinstance(part, Facts) and part.noise is None)]
     for part in texts[1:]:
         if found[part]["hash"] != found[texts[0]]["hash"]:
             raise ValueError(
@@ -84,18 +83,37 @@ def _identity_of_parts(parts: list[Part]) -> dict[str, Any]:
     return {**chosen, "vocab_size": max(each["vocab_size"] for each in found.values())}
 
 
+def _identity_of_noise(source: Facts) -> dict[str, Any]:
+    if source.noise is not None:
+        return identity(source.noise)
+    return {"tokenizer": "facts", "hash": hashlib.sha256(f"hola facts {source.kinds}".encode()).hexdigest()}
+
+
+def _first(source: Facts) -> int:
+    """The first token behind those of the noise."""
+    return source.kinds if source.noise is None else int(identity(source.noise)["vocab_size"])
+
+
 def _rows(source: Part, split: Split, row: int, seed: int) -> MapRows:
-    if isinstance(source, RecallTask):
-        return grain.MapDataset.source(RecallRows(row, derived_seed(seed, split)))
+    if isinstance(source, Facts):
+        noise = None if source.noise is None else _shuffled(source.noise, split, row, derived_seed(seed, "noise"))
+        return grain.MapDataset.source(FactRows(source, row, derived_seed(seed, split), _first(source), noise))
+    if split == "train":
+        return grain.MapDataset.source(_shuffled(source, split, row, seed))
     tokens = _tokens(source, split, row)
-    if split == "held_out" and len(tokens) <= row:
+    if len(tokens) <= row:
         raise ValueError(
             f"the held_out split of {source} has {len(tokens)} tokens, not one row of {row}; hold out more, or ask for less"
         )
-    return grain.MapDataset.source(PackedRows(tokens, row, seed if split == "train" else None))
+    return grain.MapDataset.source(PackedRows(tokens, row, None))
 
 
-def _tokens(source: LibraryText | TextFolder | Records, split: Split, row: int) -> Tokens:
+def _shuffled(source: Text, split: Split, row: int, seed: int) -> PackedRows:
+    """Rows of a split without end, in another order each epoch."""
+    return PackedRows(_tokens(source, split, row), row, seed)
+
+
+def _tokens(source: Text, split: Split, row: int) -> Tokens:
     if isinstance(source, Records):
         manifest = shards.read_manifest(source.path)
         shards.examine(source.path, manifest, source.check)

@@ -14,7 +14,6 @@ import grain
 import numpy as np
 
 from train.data.tokens import Tokens
-from train.sources import Recall
 
 Row = dict[str, np.ndarray]
 
@@ -69,25 +68,3 @@ def packed(pieces: list[tuple[np.ndarray, np.ndarray]]) -> Row:
         "segment_ids": segments,
         "mask": np.append(segments[1:] == segments[:-1], False),
     }
-
-
-class RecallRows:
-    """rows[i] of the recall task, made from (seed, i): as many tasks as fit the row, a segment each."""
-
-    def __init__(self, row: int, seed: int) -> None:
-        self.task, self.row, self.seed = Recall(), row, seed
-        if row % self.task.tokens:
-            raise ValueError(f"rows of {row} tokens hold no whole recall tasks; use a multiple of {self.task.tokens}")
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: Any) -> Row:
-        count = self.row // self.task.tokens
-        tokens, mask = self.task.batch(np.random.default_rng((self.seed, int(index))), count)
-        segments = 1 + np.arange(self.row, dtype=np.int32) // self.task.tokens
-        return {  # no input is the last token, so any will do
-            "tokens": np.append(tokens, tokens[-1, -1]).astype(np.int32),
-            "segment_ids": np.append(segments, segments[-1]),
-            "mask": np.append(mask, False),
-        }

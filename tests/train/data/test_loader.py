@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from tests.train.data.made import RECORD
-from train.data.config import LibraryText, Mixture, RecallTask, Records, TextFolder
+from train.data.config import Facts, LibraryText, Mixture, Records, TextFolder
 from train.data.loader import batches, identity, open_source
-from train.sources import Recall
 
 
 @pytest.fixture
@@ -63,12 +62,12 @@ def test_held_out_rows_end_and_are_other_text(texts):
 
 
 def test_a_mixture_holds_its_weights_and_its_parts_stay_what_they_are(texts):
-    mixture = Mixture(((3.0, texts), (1.0, RecallTask())))
-    rows = opened(mixture, row=Recall().tokens, vocab_size=1000)
+    mixture = Mixture(((3.0, texts), (1.0, Facts())))
+    rows = opened(mixture, row=64, vocab_size=1000)
     kinds = [int(rows[i]["mask"].mean() < 0.5) for i in range(400)]
     assert sum(kinds) == 100 and max(map(len, "".join(map(str, kinds)).split("1"))) <= 4
     assert identity(mixture)["hash"] == identity(texts)["hash"]
-    assert taken(rows, 2, position=10**9)[1]["mask"].shape == (8, Recall().tokens + 1)
+    assert taken(rows, 2, position=10**9)[1]["mask"].shape == (8, 65)
 
 
 def test_library_text_needs_nothing():

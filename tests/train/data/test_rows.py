@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from train.data.rows import PackedRows, RecallRows
+from train.data.rows import PackedRows
 from train.data.tokens import InMemory
-from train.sources import Recall
 
 EOS = 10**6
 
@@ -74,13 +73,3 @@ def test_unshuffled_rows_keep_the_order_and_end():
     rows = PackedRows(tokens, 8, shuffle=None)
     assert len(rows) == 6
     assert np.concatenate([rows[i]["tokens"][:-1] for i in range(len(rows))]).tolist() == list(range(48))
-
-
-def test_recall_rows_hold_whole_tasks_each_a_segment():
-    length = Recall().tokens
-    found = RecallRows(2 * length, seed=0)[10**12]
-    assert np.array_equal(found["tokens"], RecallRows(2 * length, seed=0)[10**12]["tokens"])
-    assert found["segment_ids"].tolist() == [1] * length + [2] * (length + 1)
-    assert found["mask"][:length].any() and not found["mask"][-1]
-    with pytest.raises(ValueError, match=f"use a multiple of {length}"):
-        RecallRows(length + 1, seed=0)

@@ -1,0 +1,212 @@
+"""Studies: what is done stays done, what is killed is made again, what does not belong is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.tiny_run import FLAGS
+from train.study import Study
+from train.study.command import RunStudy, Workers
+from train.study.config import Cell, load
+from train.study.page import write_page
+from train.study.plot import svg, ticks
+from train.study.results import read_results, table, write_result
+
+FILE = """
+from hola_jax import MemoryConfig, ModelConfig
+from train.config import CheckpointConfig, TrainConfig
+from train.data.config import Facts
+from train.optimizer import OptimizerConfig
+from train.study import Measure, Study
+
+MODEL = ModelConfig(vocab_size=24, dim=16, layers=1, heads=1, key_dim=4, value_dim=4, mlp_dim=16, dtype="float32",
+                    memory=MemoryConfig(window=2, block=8, chunk=8))
+TASK = Facts(most=2, asked=1, kinds=8)
+study = Study(
+    title="A small study",
+    question="Does it run?",
+    base=TrainConfig(run="", model=MODEL, data=TASK, optimizer=OptimizerConfig(warmup=2), steps={steps},
+                     global_batch=2, row=16, checkpoint=CheckpointConfig(every=2, keep=1, keep_best=0),
+                     eval_every=2, eval_batches=1, log_every=2),
+    rows={{"plain": {{"model.mixer": "gated_deltanet"}}, "hola": {{}}}},
+    measures={{"hits": Measure(TASK, rows=5), "perplexity": Measure(TASK, shows="perplexity", rows=3, length=24)}},
+    seeds=(0, 1),
+)
+"""
+
+
+def written(folder: Path, steps: int = 4) -> str:
+    path = folder / "small.py"
+    path.write_text(FILE.format(steps=steps))
+    return str(path)
+
+
+def made_up(study: Study, cell: Cell, nats: float = 1.0) -> dict:
+    measures = {name: {"nats": nats, "accuracy": 0.5 + 0.1 * cell.seed, "tokens": 5} for name in study.measures}
+    curve = [[32, 2.0], [64, nats]]
+    return {"row": cell.row, "seed": cell.seed, "settings": study.settings(cell), "measures": measures, "curve": curve}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """For the runs, which are processes of their own and take the environment."""
+    monkeypatch.setenv("XLA_FLAGS", FLAGS)
+
+
+@pytest.mark.slow
+def test_a_study_runs_measures_and_goes_on_with_what_is_left(tmp_path, capsys, one_device):
+    file = written(tmp_path)
+    study, folder = load(file), tmp_path / "results" / "small"
+    asked = dict(results=str(tmp_path / "results"), runs=str(tmp_path / "runs"), page=str(tmp_path / "page.md"))
+    write_result(folder, Cell("plain", 1), made_up(study, Cell("plain", 1)))
+    RunStudy((file,), only=("hola",), seeds=(0,), **asked).run()
+    assert "2 of 4 runs are left: plain.0, hola.1" in capsys.readouterr().out
+    result = json.loads((folder / "hola.0.json").read_text())
+    assert result["measures"]["hits"]["tokens"] == 5 and result["measures"]["perplexity"]["tokens"] == 3
+    assert [tokens for tokens, _ in result["curve"]] == [64, 128] and result["parameters"] > 1000
+    before = (folder / "hola.0.json").stat().st_mtime_ns
+    RunStudy((file,), only=("hola",), seeds=(0,), **asked).run()  # nothing to do
+    assert (folder / "hola.0.json").stat().st_mtime_ns == before
+    page = (tmp_path / "page.md").read_text()
+    assert "2 of 4 runs are done" in page and "(results/small.svg)" in page and "| hola |" in page
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_is_made_again_and_loses_nothing(tmp_path, one_device):
+    file = written(tmp_path, steps=100_000)
+    command = [sys.executable, "-m", "train.cli", "study", file, "--only", "plain", "--seeds", "0"]
+    paths = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    with subprocess.Popen(
+        [*command, *paths], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    ) as study:
+        checkpoints = tmp_path / "runs/small/plain.0/checkpoints"
+        run = _child(study.pid, checkpoints)
+        os.kill(run, signal.SIGKILL)
+        again = _child(study.pid, checkpoints, besides=run)
+        assert again != run
+        study.send_signal(signal.SIGTERM)  # as of a machine that goes: the run saves and stops too
+        _, said = study.communicate(timeout=120)
+    assert "plain.0 ended with -9" in said and "it is tried again" in said and study.returncode
+    log = (tmp_path / "runs/small/plain.0.log").read_text()
+    assert "resuming" in log and not list((tmp_path / "results").rglob("*.json"))
+
+
+def _child(parent: int, checkpoints: Path, besides: int = 0) -> int:
+    """The study's run, once it has a checkpoint."""
+
+    def whole() -> set[str]:
+        return {path.name for path in checkpoints.glob("*") if path.name.isdecimal()}
+
+    begun, seen = time.monotonic(), whole()
+    while time.monotonic() - begun < 240:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        if whole() - seen and children and int(children[0]) != besides:
+            return int(children[0])
+        time.sleep(0.1)
+    raise AssertionError("no run made a checkpoint")
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    workers = Workers("small.py", tmp_path / "results", tmp_path / "runs", jobs=2)
+
+    def start(cell):
+        workers._log(cell).write_text(f"the words of {cell.name}\n")
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(cell.row == 'bad')})"])
+
+    monkeypatch.setattr(workers, "_start", start)
+    failed = workers.run([Cell("good", 0), Cell("bad", 0), Cell("good", 1)])
+    assert len(failed) == 1 and "bad.0 ended with 1: the words of bad.0" in failed[0]
+    said = capsys.readouterr().err
+    assert said.count("bad.0 ended with 1") == 2 and said.count("done [") == 2
+
+
+def test_the_table_compares_seed_by_seed(tmp_path):
+    study = load(written(tmp_path))
+    results = {
+        cell: made_up(study, cell, {"plain": 1.0, "hola": 0.9 + 0.2 * cell.seed}[cell.row]) for cell in study.cells()
+    }
+    lines = table(study, results)
+    assert lines[0] == "|  | hits | perplexity | runs |"
+    assert lines[2] == "| plain | 0.550 ± 0.071 | 2.72 ± 0.00 | 2 |"
+    assert lines[3] == "| hola | 0.550 ± 0.071 (0/2) | 2.73 ± 0.39 (1/2) | 2 |"
+    del results[Cell("hola", 1)], results[Cell("plain", 0)], results[Cell("plain", 1)]
+    assert table(study, results)[2:] == ["| plain |  |  | 0 |", "| hola | 0.500 | 2.46 | 1 |"]
+
+
+def test_a_page_keeps_its_prose(tmp_path):
+    study, page = load(written(tmp_path)), tmp_path / "docs/results.md"
+    results = {Cell("hola", 0): made_up(study, Cell("hola", 0))}
+    folder = tmp_path / "docs/results/small"
+    folder.mkdir(parents=True)
+    write_page(page, study, results, folder, "hola study small.py")
+    page.write_text(page.read_text().replace("# Results", "# What was found\n\nProse.") + "\nMore prose.\n")
+    results[Cell("plain", 0)] = made_up(study, Cell("plain", 0))
+    write_page(page, study, results, folder, "hola study small.py")
+    text = page.read_text()
+    assert text.startswith("# What was found\n\nProse.") and text.endswith("\nMore prose.\n")
+    assert "2 of 4 runs are done" in text and "1 of 4 runs" not in text and text.count("### A small study") == 1
+    assert "(results/small.svg)" in text and (tmp_path / "docs/results/small.svg").read_text().startswith("<svg")
+    page.write_text(text.replace("<!-- end of study small -->", ""))
+    with pytest.raises(ValueError, match="put that back"):
+        write_page(page, study, results, folder, "hola study small.py")
+
+
+def test_a_plot_has_a_line_for_each_name_where_all_runs_have_points():
+    text = svg(
+        {"a & b": [[(0, 2.0), (10, 1.0)], [(0, 2.2), (10, 1.2), (20, 1.0)]], "c": [[(0, 3.0)]]}, "tokens", "nats"
+    )
+    assert text.count("<polyline") == 2 and "a &amp; b" in text
+    line = text.split('points="')[2].split('"')[0]
+    assert len(line.split()) == 2
+    assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    with pytest.raises(ValueError, match="nothing to plot"):
+        svg({"a": [[(0, 1.0)], [(1, 1.0)]]}, "x", "y")
+
+
+def test_results_of_other_settings_and_broken_ones_are_refused(tmp_path):
+    study, cell = load(written(tmp_path)), Cell("hola", 0)
+    write_result(tmp_path, cell, made_up(study, cell))
+    assert read_results(study, tmp_path).keys() == {cell}
+    other = load(written(tmp_path, steps=6))
+    with pytest.raises(ValueError, match=r"hola\.0\.json was made with other settings \(train.steps: 4 -> 6\)"):
+        read_results(other, tmp_path)
+    (tmp_path / "hola.0.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no result of a study"):
+        read_results(study, tmp_path)
+
+
+def test_what_is_wrong_with_a_study_is_said_before_it_runs(tmp_path):
+    file = written(tmp_path)
+    for options, words in (
+        ({"only": ("hloa",)}, "--only names 'hloa'; the study has plain, hola"),
+        ({"seeds": (7,)}, "--seeds names 7; the study has 0, 1"),
+        ({"jobs": 0}, "--jobs is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RunStudy((file,), results=str(tmp_path / "results"), **options).run()
+    with pytest.raises(ValueError, match="no study is named"):
+        RunStudy(()).run()
+    with pytest.raises(FileNotFoundError, match="no study file"):
+        load(tmp_path / "none.py")
+    study = load(file)
+    for wrong, words in (
+        ({"rows": {}}, "no rows"),
+        ({"rows": {"a b": {}}}, "names files"),
+        ({"rows": {"a": {"model.mxier": "hola"}}}, "row a: --model.mxier is no setting .* --model.mixer"),
+        ({"seeds": (1, 1)}, "one twice"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Study(**{**{name: getattr(study, name) for name in study.__dataclass_fields__}, **wrong})
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/study").glob("[!_c]*.py")), ids=lambda path: path.stem)
+def test_the_studies_of_this_repository_are_whole(file):
+    study = load(file)
+    assert len(study.cells()) == len(study.rows) * len(study.seeds) >= 9
+    read_results(study, Path("docs/results") / file.stem)  # those kept in the repository belong to it

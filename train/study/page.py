@@ -1,0 +1,50 @@
+"""The part of a document that a study writes: its table and plot, between two marks; the prose around them stays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from train.study.config import Study
+from train.study.plot import svg
+from train.study.results import Results, curves, table
+
+
+def section(study: Study, results: Results, command: str, plot: str | None) -> list[str]:
+    """Markdown."""
+    steps, tokens = study.base.steps, study.base.steps * study.base.global_batch * study.base.row
+    return [
+        f"### {study.title}",
+        "",
+        study.question,
+        "",
+        f"`{command}`: {steps:,} steps, {tokens:,} tokens a run; {len(results)} of {len(study.cells())} runs are done. Mean "
+        f"and standard deviation over seeds; in brackets, on how many seeds a row beats {next(iter(study.rows))}.",
+        "",
+        *table(study, results),
+        *(["", f"![{study.title}: held-out nats along the runs]({plot})"] if plot else []),
+    ]
+
+
+def write_page(page: Path, study: Study, results: Results, folder: Path, command: str) -> None:
+    """Puts the study's section where the page has it, or at its end; the plot goes beside the result files."""
+    name, found = folder.name, curves(study, results)
+    plot = None
+    if found:
+        picture = folder.parent / f"{name}.svg"
+        picture.write_text(svg(found, "tokens seen", "held-out nats a token"))
+        plot = Path(os.path.relpath(picture, page.parent)).as_posix()
+    begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
+    whole = "\n".join([begin, *section(study, results, command, plot), end])
+    text = page.read_text() if page.is_file() else "# Results\n"
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        if end not in rest:
+            raise ValueError(f"{page} has the line {begin} without {end}; put that back, or delete both")
+        text = before + whole + rest.partition(end)[2]
+    else:
+        text = text.rstrip("\n") + "\n\n" + whole + "\n"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    fresh = page.with_suffix(".tmp")
+    fresh.write_text(text)
+    fresh.replace(page)
