@@ -146,7 +146,7 @@ def test_a_range_without_repetitions_is_left_open():
 
 
 TINY = ["steps=3", "row=64", "global_batch=2", "log_every=1", "model.layers=1", "model.dim=16", "model.vocab_size=300"]
-TINY += ["model.memory.window=4", "model.memory.block=16", "model.memory.chunk=16", "model.mlp_dim=16"]
+TINY += ["model.memory.window=4", "model.memory.chunk=16", "model.memory.block=16", "model.mlp_dim=16"]
 
 
 @pytest.mark.slow
