@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -148,6 +149,7 @@ def train(config: TrainConfig) -> None:
             say(f"{config.run} has its {config.steps} steps already")
             return
     code = loop.run(config, command=["hola", "train", config.run])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop's own handler waits for a step, and there is none to come
     if code:
         sys.exit(code)
 

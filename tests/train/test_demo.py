@@ -24,6 +24,7 @@ from train.data import tokenizers
 from train.data.tokenizers import Bytes
 from train.demo import FULL, QUICK, ROWS, Demo, run_of, tokenizer_file
 from train.progress import Progress
+from train.weights import Saved
 
 
 def test_progress_shows_share_and_time_left():
@@ -78,6 +79,29 @@ def test_the_vocabulary_is_learnt_once(tmp_path, monkeypatch):
     assert tokenizer_file(tmp_path / "new", 262) == path
     with pytest.raises(ValueError, match=r"has 262 tokens, and the model is to have 300; give another --folder"):
         tokenizer_file(tmp_path / "new", 300)
+
+
+def test_a_run_that_is_done_is_left_and_another_goes_on(monkeypatch):
+    config = run_of(dataclasses.replace(QUICK, run="demo"), "hola")
+    about, begun, code = {"config": json.loads(json.dumps(as_dict(config)))}, [], 0
+
+    def saved(step):
+        monkeypatch.setattr(demo, "look", lambda folder: Saved(folder, config.model, step, about))
+
+    monkeypatch.setattr(demo.loop, "run", lambda config, command: begun.append(config.run) or code)
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    saved(config.steps)
+    demo.train(config)
+    assert not begun
+    saved(config.steps // 2)
+    demo.train(config)
+    assert begun == ["demo/hola"]
+    with pytest.raises(ValueError, match=r"was begun with other settings: seed: 0 -> 1\. Give another --folder"):
+        demo.train(dataclasses.replace(config, seed=1))
+    code = 75  # stopped by SIGTERM, saved
+    with pytest.raises(SystemExit) as stop:
+        demo.train(config)
+    assert stop.value.code == 75
 
 
 def texts(count=9, longest=700):
