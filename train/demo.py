@@ -58,7 +58,7 @@ QUICK = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train three small models and show what HOLA keeps: `hola demo`, or `hola demo --quick` in two minutes.
+    """Train three small models and show what HOLA keeps: `hola demo`, or `hola demo --quick` for less of it.
 
     Gated DeltaNet, HOLA whose cache holds the latest tokens, and HOLA read the standard library's source: the same data,
     sizes and steps. Printed are the perplexity of held-out files and how well each repeats what stood earlier in them, by
