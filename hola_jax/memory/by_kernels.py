@@ -17,9 +17,10 @@ from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.delta_rule import Affine, DeltaRuleResult, Magnitude, act
 from hola_jax.memory.exact_cache import magnitude_kind, token_scores
 from hola_jax.memory.kernels import Kernels, divided
+from hola_jax.memory.poison import spoil
 from hola_jax.memory.scan import axis_scan
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
-from hola_jax.memory.token import run_token
+from hola_jax.memory.token import clean_token, run_token
 from pallas_kernels.cache import Cache
 from pallas_kernels.hola import Earlier, Hola, Learned
 from pallas_kernels.step import Memory
@@ -212,17 +213,15 @@ def one_token(
     config: MemoryConfig,
     document: Int32[Array, " B"],
     state: MemoryState,
-) -> tuple[Array, MemoryState] | None:
-    """As `token.run_token`, through which its gradient goes; None where the platform has no kernel for it, or the kernel
-    does not take the shape."""
-    if kernels.step is None:
-        return None
+) -> tuple[Array, MemoryState]:
+    """As `token.run_token`, through which its gradient goes. For what `kernels.token_kernels` gives kernels for."""
+    assert kernels.step is not None
     token = kernels.step
     magnitude = magnitude_kind(config)
 
     def call(inputs: Any, learned: Any, memory: Any, given: Any, document: Any) -> Any:
         return token(
-            *(x[:, 0] for x in inputs),
+            *inputs,
             learned,
             memory,
             document,
@@ -234,16 +233,17 @@ def one_token(
 
     @jax.custom_vjp
     def step(inputs: Inputs, params: CacheParams, state: MemoryState) -> tuple[Array, MemoryState]:
-        given = None
+        clean = clean_token(inputs, document)
+        given, one = None, Inputs(*(x[:, 0] for x in clean.inputs))
         if magnitude is None:
-            given = token_scores(config, None, inputs.v[:, 0], inputs.beta[:, 0], state.position)
+            given = token_scores(config, None, one.v, one.beta, state.position)
+        one = one._replace(beta=jnp.where(clean.writes, jnp.nan, one.beta))  # by which the kernel spoils the state
         memory = Memory(*(getattr(state, name) for name in Memory._fields))
         by_head = P(None, "heads")
         rows = Memory(*[by_head] * 8, *[WHOLE] * 3)  # type: ignore[arg-type]
-        in_specs = (TOKENS, P("heads"), rows, by_head, WHOLE)
-        run = divided(call, in_specs, (by_head, rows))
-        out, after = run(inputs, _learned(inputs, params, config), memory, given, document)
-        return out[:, None], dataclasses.replace(state, **after._asdict())
+        run = divided(call, (by_head, P("heads"), rows, by_head, WHOLE), (by_head, rows))
+        out, after = run(one, _learned(clean.inputs, params, config), memory, given, document)
+        return spoil(out, clean.asks)[:, None], dataclasses.replace(state, **after._asdict())
 
     def through_xla(given: Any, cotangents: Any) -> Any:
         def same(inputs: Inputs, params: CacheParams, state: MemoryState) -> tuple[Array, MemoryState]:
@@ -252,10 +252,7 @@ def one_token(
         return jax.vjp(same, *given)[1](cotangents)
 
     step.defvjp(lambda *given: (step(*given), given), through_xla)
-    try:
-        result: tuple[Array, MemoryState] = step(inputs, params, state)
-    except NotImplementedError:
-        return None
+    result: tuple[Array, MemoryState] = step(inputs, params, state)
     return result
 
 

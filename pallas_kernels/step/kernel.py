@@ -98,7 +98,7 @@ class OnChip(NamedTuple):
 
 
 def _through_state(token: Token, memory: Store, after: Store, beta: Array, decay: Array, new: Any, scale: float) -> Any:
-    """(the state's answer [1, V], |e| [1, 1]); writes the state behind the token."""
+    """(the state's answer [1, V], |e| [1, 1], NaN for a spoilt state or else 0); writes the state behind the token."""
     q, k, v = (x[...].astype(jnp.float32) for x in token[:3])
     query, key = column(q * norm_factor(q)), column(k * norm_factor(k))
     state = jnp.where(new, 0.0, memory.state[...]) * jnp.exp(decay)
@@ -106,7 +106,9 @@ def _through_state(token: Token, memory: Store, after: Store, beta: Array, decay
     state = state + (beta * key) * error
     after.state[...] = state
     answer = scale * jnp.sum(query * state, axis=0, keepdims=True)
-    return answer, jnp.sqrt(jnp.sum(error * error, axis=1, keepdims=True))
+    # 0 * x is NaN just where x is not finite; e is, where anything of its column of S is not.
+    spoilt = jnp.sum(0.0 * error, axis=1, keepdims=True) + 0.0 * beta
+    return answer, jnp.sqrt(jnp.sum(error * error, axis=1, keepdims=True)), spoilt
 
 
 def _read(
@@ -158,12 +160,12 @@ def _kernel(*refs: Any, call: Call) -> None:
     for mine, theirs, empty in zip(cache, given, (0, 0, -jnp.inf, -1), strict=True):
         mine[...] = jnp.where(new, jnp.full_like(theirs, empty), theirs[...])
     beta, decay = (jnp.where(real, x[head], 0.0) for x in numbers[:2])
-    answer, norm = _through_state(token, memory, after, beta, decay, new, call.scale)
+    answer, norm, spoilt = _through_state(token, memory, after, beta, decay, new, call.scale)
     places = index((1, call.block), 1)
     here, seen = places == fill, (places <= fill) & (places >= counts.first[b])
     read = _read(query, key, value, memory, cache, seen, here, numbers.sink[h])
-    out[...] = jnp.where(real, answer + numbers.gate[h] * read, 0.0).astype(out.dtype)
-    magnitude = norm if call.residual else beta * norm
+    out[...] = jnp.where(real, answer + numbers.gate[h] * read + spoilt, 0.0).astype(out.dtype)
+    magnitude = jnp.where(jnp.isnan(spoilt), 0.0, norm if call.residual else beta * norm)
     score = magnitude if numbers.score is None else numbers.score[head]
     scores = jnp.where(here & real, score, memory.block_scores[...])
     after.block_scores[...] = jnp.where(complete, 0.0, scores)
