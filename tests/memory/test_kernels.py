@@ -13,7 +13,7 @@ from hola_jax import preset
 from hola_jax.config import memory_work
 from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, linear_memory
 from hola_jax.memory import kernels as choosing
-from hola_jax.memory.kernels import choose
+from hola_jax.memory.kernels import choose, token_kernels
 
 PAPER = memory_work(preset("hola-340m"))
 
@@ -74,6 +74,23 @@ def test_what_the_kernels_do_not_take_runs_by_xla_with_the_reason_and_is_refused
             on_tpu(work, asked)
 
 
+def test_a_single_token_that_runs_by_something_else_is_told_of():
+    """A TPU's kernel of one token wants 16 rows to a tile, a GPU's 64; those of a sequence do not."""
+    for platform, window, words in (
+        ("tpu", 24, "a window of a multiple of 16"),
+        ("gpu", 80, "window=80: the GPU step"),
+    ):
+        work = PAPER._replace(window=window)
+        for asked, why in ((None, f"{platform} kernels take this shape"), ("pallas", "asked for")):
+            found = choose(asked, work, platform=platform, parts=1)
+            assert found.name == f"pallas_{platform}"
+            assert re.match(f"{why}; a single token runs by xla: .*{words}", found.why), found.why
+        assert token_kernels(found.name, work) is None
+        assert token_kernels(found.name, PAPER) is not None
+    assert token_kernels("xla", PAPER) is None
+    assert token_kernels("interpret", PAPER._replace(window=24)) is not None
+
+
 def test_a_platform_without_kernels_is_named():
     assert choose(None, PAPER, platform="rocm", parts=1) == ("xla", "there are no kernels for rocm")
     for asked in ("pallas", "pallas_tpu"):
@@ -93,7 +110,7 @@ def traced(implementation=None, width=64):
     params = CacheParams(*[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (width, width, 2, 2)])
 
     def run(arrays, params):
-        return hola_memory(*arrays, params, config=MemoryConfig(window=8, block=128), implementation=implementation)
+        return hola_memory(*arrays, params, config=MemoryConfig(window=16, block=128), implementation=implementation)
 
     return str(jax.make_jaxpr(run)([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], params))
 

@@ -133,6 +133,13 @@ def _clear(call: Call, block: Any, columns: Any) -> None:
     lax.fori_loop(0, call.block // TILE, tile, None)
 
 
+def bytes_moved(call: Call) -> int:
+    """By this kernel, where all rows of the batch complete a block: their rows read, and written."""
+    item, rows = jnp.dtype(call.dtype).itemsize, 2 * (call.window + call.block)
+    values, keys = call.heads * rows * call.value_dim, (2 * call.heads * call.window + 2 * call.key_heads * call.block)
+    return call.batch * item * (values + keys * call.key_dim)
+
+
 def run(call: Call, complete: Array, scores: Array, memory: Store) -> Array:
     """For rows of the batch that are `complete` [B]: the cache, and the block, in `memory`, whose arrays are changed; and
     [B, H, W] which rows of [cache | block] the cache has now, counted from 1, 0 for none; undefined for other rows.

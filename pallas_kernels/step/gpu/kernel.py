@@ -235,6 +235,17 @@ def launch(name: str, body: Any, out_type: Any, grid: dict[str, int], interpret:
     )
 
 
+def bytes_moved(call: Call, filled: int) -> int:
+    """By this kernel, where the running block holds so many tokens: S both ways, the parts that hold a row, what they come
+    to, and the token's own rows."""
+    item, width = jnp.dtype(call.dtype).itemsize, call.key_dim + call.value_dim
+    parts = call.cached + -(-filled // ROWS)
+    per_head = 2 * 4 * call.key_dim * call.value_dim + item * width * (ROWS * parts + 3)
+    per_head += 4 * (parts * (call.value_dim + 2) + call.value_dim + call.states + 3 * call.key_dim + call.window)
+    shared_keys = item * call.key_dim * ROWS * -(-filled // ROWS)
+    return call.batch * (call.heads * per_head - (call.heads - call.key_heads) * shared_keys)
+
+
 def run(call: Call, counts: Counts, token: Token, memory: Store) -> Results:
     """What the parts find. `memory` are references (`jax.new_ref`), whose arrays are changed."""
     parts, heads = call.cached + call.running, (call.batch, call.heads)
