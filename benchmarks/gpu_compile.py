@@ -116,7 +116,7 @@ def decoding_step(width: int, window: int) -> Operation:
     """The floor: S both ways, the rows that may be read, and at a block's end the rows that compete read, the cache and the
     empty block written."""
     rows, item = DECODED * H, 2 * 2 * width
-    call = kernel.Call(DECODED, H, H, C, window, width, width, 1.0, jnp.bfloat16, None)
+    call = kernel.Call(DECODED, H, H, C, window, width, width, 1.0, 1.0, jnp.bfloat16, None)
 
     def one(q: Any, k: Any, v: Any, beta: Any, decay: Any, document: Any, *memory: Any) -> Any:
         learned = Learned(jnp.ones(width), jnp.ones(width), jnp.zeros(H), jnp.zeros(H))

@@ -112,7 +112,7 @@ def test_a_step_moves_little_more_than_its_floor():
     """What parts of the read hand on is the most of it, a fiftieth; with a part that is not full, a tenth."""
     work = gpu_compile.decoding_step(256, 64).work["hola_step_token"]
     assert work.floor_bytes < work.moved < 1.05 * work.floor_bytes
-    call = gpu_compile.kernel.Call(1, 4, 2, 256, 64, 128, 64, 1.0, jnp.bfloat16, None)
+    call = gpu_compile.kernel.Call(1, 4, 2, 256, 64, 128, 64, 1.0, 1.0, jnp.bfloat16, None)
     seen = [gpu_compile.kernel.bytes_moved(call, filled) for filled in (0, 1, 32, 33)]
     assert seen[1] - seen[0] == 32 * 2 * (2 * 128 + 4 * 64) + 4 * 4 * (64 + 2)  # shared keys are read once
     assert seen[1] == seen[2] < seen[3]

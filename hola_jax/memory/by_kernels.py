@@ -17,10 +17,9 @@ from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.delta_rule import Affine, DeltaRuleResult, Magnitude, act
 from hola_jax.memory.exact_cache import magnitude_kind, token_scores
 from hola_jax.memory.kernels import Kernels, divided
-from hola_jax.memory.poison import spoil
 from hola_jax.memory.scan import axis_scan
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
-from hola_jax.memory.token import clean_token, run_token
+from hola_jax.memory.token import run_token
 from pallas_kernels.cache import Cache
 from pallas_kernels.hola import Earlier, Hola, Learned
 from pallas_kernels.step import Memory
@@ -233,17 +232,15 @@ def one_token(
 
     @jax.custom_vjp
     def step(inputs: Inputs, params: CacheParams, state: MemoryState) -> tuple[Array, MemoryState]:
-        clean = clean_token(inputs, document)
-        given, one = None, Inputs(*(x[:, 0] for x in clean.inputs))
+        given, one = None, Inputs(*(x[:, 0] for x in inputs))
         if magnitude is None:
             given = token_scores(config, None, one.v, one.beta, state.position)
-        one = one._replace(beta=jnp.where(clean.writes, jnp.nan, one.beta))  # by which the kernel spoils the state
         memory = Memory(*(getattr(state, name) for name in Memory._fields))
         by_head = P(None, "heads")
         rows = Memory(*[by_head] * 8, *[WHOLE] * 3)  # type: ignore[arg-type]
         run = divided(call, (by_head, P("heads"), rows, by_head, WHOLE), (by_head, rows))
-        out, after = run(one, _learned(clean.inputs, params, config), memory, given, document)
-        return spoil(out, clean.asks)[:, None], dataclasses.replace(state, **after._asdict())
+        out, after = run(one, _learned(inputs, params, config), memory, given, document)
+        return out[:, None], dataclasses.replace(state, **after._asdict())
 
     def through_xla(given: Any, cotangents: Any) -> Any:
         def same(inputs: Inputs, params: CacheParams, state: MemoryState) -> tuple[Array, MemoryState]:

@@ -35,8 +35,8 @@ def step(
     `document` [B] is the token's: 0 is padding, which changes nothing and is answered by zeros; another than the memory's
     begins with an empty memory. `score` is the write's magnitude, or given [B, H]. Not differentiable.
 
-    A head whose state is not finite answers NaN, and its state stays so until another document begins; a beta of NaN makes
-    it so. Other arguments are finite.
+    What is not finite stays in its row and head: of a query it spoils the answer, of anything else the state too, which then
+    answers NaN until another document begins. What is stored of such a token is 0.
     """
     refuse(q, k, v, beta, log_decay, memory, document, score, read)
     given = sizes(k, v, memory)

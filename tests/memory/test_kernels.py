@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from hola_jax import preset
 from hola_jax.config import memory_work
-from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, linear_memory
+from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, init_state, linear_memory
 from hola_jax.memory import kernels as choosing
 from hola_jax.memory.kernels import choose, token_kernels
 
@@ -165,3 +165,24 @@ def test_the_default_device_decides_for_a_bare_call():
         assert choosing.platform_here() == "cpu"
     with jax.default_device("cpu"):
         assert choosing.platform_here() == "cpu"
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_one_token_runs_by_the_platforms_kernel_and_its_gradient_by_xla(implementation):
+    """Traced, not compiled: the gradient's program has the kernels of the forward pass and no more."""
+    if implementation == "pallas_gpu" and jax.__version_info__ < (0, 11):
+        pytest.skip("the GPU kernels are written for jax 0.11 and newer")
+    config = MemoryConfig(window=64, block=128)
+    state = jax.eval_shape(lambda: init_state(config, 1, 2, 64, 64, jnp.bfloat16))
+    tokens = [jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)] * 3 + [
+        jax.ShapeDtypeStruct((1, 1, 2), jnp.float32)
+    ] * 2
+    params = CacheParams(*[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (64, 64, 2, 2)])
+
+    def loss(tokens, params, state):
+        out, after = hola_memory(*tokens, params, config=config, state=state, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(after.fast_weights)
+
+    forward, both = (str(jax.make_jaxpr(run)(tokens, params, state)) for run in (loss, jax.grad(loss, argnums=(0, 1))))
+    calls = forward.count("name=hola_step")
+    assert calls == both.count("name=hola_step") and calls >= 1

@@ -104,21 +104,26 @@ def test_token_by_token_it_is_the_memory_and_nothing_races(name, capfd):
 
 
 @interpreted
-@pytest.mark.parametrize("where", ["in the state", "by beta"])
+@pytest.mark.parametrize("where", ["state", "q", "k", "v", "beta", "log_decay"])
 def test_what_is_not_finite_spoils_its_row_and_head_until_another_document(where):
-    """One number of S in one row and head; or a beta of NaN, by which a caller says so."""
+    """One number of S or of a token in row 0 and head 1. A query spoils its answer alone."""
     state = prefix(CONFIG, 2)
     memory, arrays = test_step.memory_of(state), inputs(3, 3, 2)
     tokens = [[x[:, at : at + 1] for x in arrays] for at in range(3)]
-    bad, first = memory, tokens[0]
-    if where == "in the state":
+    bad, first = memory, list(tokens[0])
+    if where == "state":
         bad = memory._replace(fast_weights=memory.fast_weights.at[0, 1, 5, 40].set(jnp.inf))
     else:
-        first = [*first[:3], first[3].at[0, 0, 1].set(jnp.nan), first[4]]
-    for token, spoilt, documents in ((first, tokens[0], [1, 1]), (tokens[1], tokens[1], [1, 1])):
-        clean_out, memory = kernel(CONFIG)(spoilt, jnp.array(documents), memory)
-        out, bad = kernel(CONFIG)(token, jnp.array(documents), bad)
-        assert np.isnan(out[0, 1]).all() and not np.isfinite(bad.fast_weights[0, 1]).all()
+        which = ["q", "k", "v", "beta", "log_decay"].index(where)
+        flat = first[which].reshape(B, H, -1).at[0, 1, -1].set(jnp.nan)
+        first[which] = flat.reshape(first[which].shape)
+    for at, token in enumerate((first, tokens[1])):
+        clean_out, memory = kernel(CONFIG)(tokens[at], jnp.ones(B, jnp.int32), memory)
+        out, bad = kernel(CONFIG)(token, jnp.ones(B, jnp.int32), bad)
+        assert np.isnan(np.asarray(out[0, 1], np.float32)).all() == (at == 0 or where != "q")
+        assert np.isfinite(bad.fast_weights[0, 1]).all() == (where == "q")
+        rest = (bad.cache_values, bad.block_keys, bad.block_values, bad.block_scores)
+        assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in rest)
         for a, b in ((out, clean_out), (bad.fast_weights, memory.fast_weights), (bad.cache_keys, memory.cache_keys)):
             np.testing.assert_array_equal(a[1], b[1])
             np.testing.assert_array_equal(a[0, 0], b[0, 0])

@@ -1,4 +1,4 @@
-"""The public function: the token as the kernels take it, and what their parts come to."""
+"""The public function: what the parts of the kernels come to, and the few numbers that are changed outside of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from pallas_kernels.step.arrays import Memory, refuse, sizes
 from pallas_kernels.step.gpu import evict, kernel
 from pallas_kernels.step.gpu.kernel import Call, Counts, Results, Store, Token
 from pallas_kernels.step.limits import gpu_refuses
-
-EPSILON = 1e-6
 
 
 def step(
@@ -50,6 +48,7 @@ def step(
         key_dim=given.key_dim,
         value_dim=given.value_dim,
         scale=scale,
+        share=1.0 / given.key_dim if read == "rmsnorm" else 1.0,
         dtype=v.dtype,
         interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
     )
@@ -62,24 +61,30 @@ def step(
     cache_scores = jnp.where(new[:, None, None], -jnp.inf, memory.cache_scores)
     cache_positions = jnp.where(new[:, None, None], -1, memory.cache_positions)
 
-    token, own = _token(call, q, k, v, beta, log_decay, learned, read)
-    token = token._replace(
-        see_cache=jnp.where(cache_scores > -jnp.inf, 0.0, -jnp.inf),
-        see_block=jnp.where(seen & (place < fill[:, None]), 0.0, -jnp.inf),
+    token = Token(
+        q=q,
+        k=k,
+        v=v,
+        beta=beta.astype(jnp.float32),
+        log_decay=log_decay.astype(jnp.float32),
+        query_scale=_of_heads(learned.query_scale, call.heads),
+        key_scale=_of_heads(learned.key_scale, call.key_heads),
+        cache_scores=memory.cache_scores,
     )
-    counts = Counts(*(x.astype(jnp.int32) for x in (real, new, fill)))
+    counts = Counts(document, memory.document, memory.document_start, memory.position)
     store = Store(*(jax.new_ref(x) for x in (memory.fast_weights, *memory[1:3], *memory[5:7])))
     found = kernel.run(call, counts, token, store)
 
     squares = jnp.sum(found.squares, axis=2)
-    spoilt = jnp.isnan(squares) | jnp.isnan(token.beta)
-    answer = found.answer + learned.gate.astype(jnp.float32)[:, None] * _read(own, v, learned.sink_logit, found)
+    spoilt = jnp.isnan(squares)
+    answer = found.answer + learned.gate.astype(jnp.float32)[:, None] * _read(learned.sink_logit, found)
     out = jnp.where(spoilt[..., None], jnp.nan, answer)
     out = jnp.where(real[:, None, None], out, 0.0).astype(v.dtype)
 
     if isinstance(score, str):
         norm = jnp.sqrt(squares)
-        score = jnp.where(spoilt, 0.0, norm if score == "residual" else token.beta * norm)
+        score = norm if score == "residual" else token.beta * norm
+    score = jnp.where(spoilt, 0.0, score)
     here = (place == fill[:, None]) & real[:, None]
     block_scores = jnp.where(here[:, None], score.astype(jnp.float32)[..., None], memory.block_scores)
     complete = real & (fill == call.block - 1)
@@ -106,48 +111,16 @@ def step(
     )
 
 
-def _token(
-    call: Call,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array,
-    log_decay: Array,
-    learned: Learned,
-    read: str,
-) -> tuple[Token, Array]:
-    """(the token normalised, with nothing to see yet; the logit [B, H] of its own row)."""
-    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-
-    def norm(x: Array, share: float) -> Array:
-        return x * jax.lax.rsqrt(share * jnp.sum(x * x, axis=2, keepdims=True) + EPSILON)
-
-    share = 1.0 / call.key_dim if read == "rmsnorm" else 1.0
-    stored = (norm(k, share) * learned.key_scale).astype(v.dtype)
-    asks = jnp.repeat(norm(q, share), call.group, axis=1) * learned.query_scale
-    asks = asks.astype(v.dtype).astype(jnp.float32)
-    own = jnp.sum(asks * jnp.repeat(stored.astype(jnp.float32), call.group, axis=1), axis=2)
-    token = Token(
-        key=norm(k, 1.0),
-        query=norm(q, 1.0),
-        value=v,
-        beta=beta.astype(jnp.float32),
-        decay=jnp.exp(log_decay.astype(jnp.float32)),
-        asks=asks,
-        stored=stored,
-        see_cache=None,
-        see_block=None,
-    )
-    return token, own
+def _of_heads(scale: Array, heads: int) -> Array:
+    """[heads, K] of that or of [K]."""
+    return jnp.broadcast_to(scale.astype(jnp.float32), (heads, scale.shape[-1]))
 
 
-def _read(own: Array, v: Array, sink_logit: Array, found: Results) -> Array:
-    """The read [B, H, V]: the parts of cache and block, the token itself and the sink in one softmax."""
+def _read(sink_logit: Array, found: Results) -> Array:
+    """The read [B, H, V]: the parts and the sink in one softmax."""
     sink = sink_logit.astype(jnp.float32)
-    top = jnp.maximum(jnp.max(found.tops, axis=2), jnp.maximum(own, sink))
-    weights = jnp.where(found.totals > 0, jnp.exp(found.tops - top[..., None]), 0.0)
-    of_token = jnp.exp(own - top)
-    total = jnp.sum(found.totals * weights, axis=2) + of_token + jnp.exp(sink - top)
-    means = jnp.where((found.totals > 0)[..., None], found.means, 0.0)
-    rows = jnp.sum(means * weights[..., None], axis=2) + of_token[..., None] * v.astype(jnp.float32)
-    return rows / total[..., None]
+    top = jnp.maximum(jnp.max(found.tops, axis=2), sink)
+    weights = jnp.where(found.totals == 0, 0.0, jnp.exp(found.tops - top[..., None]))
+    total = jnp.sum(found.totals * weights, axis=2) + jnp.exp(sink - top)
+    means = jnp.where((found.totals == 0)[..., None], 0.0, found.means)
+    return jnp.sum(means * weights[..., None], axis=2) / total[..., None]
