@@ -124,7 +124,11 @@ class LanguageModel(nnx.Module):
             params = params if gather is None else gather(params)
             return nnx.merge(structure, params)(x, segment_ids, state, sequence_axis=sequence_axis)
 
-        x, state = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (nnx.to_pure_dict(params), state))
+        layers = nnx.to_pure_dict(params)
+        if state is not None and tokens.shape[1] == 1:
+            x, state = _in_place(layer, x, layers, state)
+        else:
+            x, state = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (layers, state))
         x = self.norm(x)
         return (x if alignment is None else to_tokens(x, alignment)), state
 
@@ -157,6 +161,23 @@ class LanguageModel(nnx.Module):
             error.throw()
             return result
         return _compiled(*call)
+
+
+def _in_place(
+    layer: Callable[..., tuple[Array, State]], x: Array, layers: Params, states: State
+) -> tuple[Array, State]:
+    """The layers in order, each of which changes its part of the states. A scan that is given the states and gives them back
+    has two copies of them all, and moves one to the other."""
+
+    def step(carry: tuple[Array, State], numbered: tuple[Array, Params]) -> tuple[tuple[Array, State], None]:
+        (x, states), (number, params) = carry, numbered
+        state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, number, keepdims=False), states)
+        x, state = layer(x, (params, state))
+        states = jax.tree.map(lambda s, new: lax.dynamic_update_index_in_dim(s, new, number, 0), states, state)
+        return (x, states), None
+
+    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+    return lax.scan(step, (x, states), (numbers, layers))[0]
 
 
 def _forward(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_compile
+from benchmarks import decode_compile, gpu, gpu_compile
+from train.plan import hlo
 
 
 def test_float64_agrees_with_the_memory_in_outputs_and_along_a_random_direction():
@@ -116,3 +117,24 @@ def test_a_step_moves_little_more_than_its_floor():
     seen = [gpu_compile.kernel.bytes_moved(call, filled) for filled in (0, 1, 32, 33)]
     assert seen[1] - seen[0] == 32 * 2 * (2 * 128 + 4 * 64) + 4 * 4 * (64 + 2)  # shared keys are read once
     assert seen[1] == seen[2] < seen[3]
+
+
+DECODED = """ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %step = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(token)/hola_step_token/call"}
+  %other = f32[8]{0} custom-call(%step), custom_call_target="else", metadata={op_name="jit(token)/else"}
+  ROOT %end = f32[8]{0} conditional(%other, %a), branch_computations={%x, %y}
+}
+"""
+
+
+def test_what_a_decoded_token_moves_leaves_our_kernels_to_be_counted_by_hand():
+    """The root stays, whatever it is: a program needs one."""
+    program = hlo.parse(DECODED)
+    assert [decode_compile.ours(each) for each in program.entry.instructions.values()] == [False, True, False, False]
+    rest = decode_compile.without(program, lambda each: decode_compile.ours(each) or each.opcode == "conditional")
+    assert list(rest.entry.instructions) == ["a", "other", "end"]
+    assert decode_compile.floor_bytes(1) == 4 * (8 * 256 * 256 + 4 * 256 * 320)
+    for implementation in ("pallas_tpu", "pallas_gpu"):
+        assert 1 < decode_compile.kernel_bytes(implementation, 16) / decode_compile.floor_bytes(16) < 1.05
+    assert decode_compile.kernel_bytes("xla", 16) == 0
