@@ -3,7 +3,8 @@
 For each Mosaic kernel, at the 340M shapes: registers of a thread, bytes spilled, shared memory of a thread block, operands
 and results counted from their shapes, and FLOPs of its products, each beside the floor's. The floor of the cache's read:
 each visible pair once (tiles cut by the diagonal are computed whole), two products forward and five backward; tokens' rows
-moved once, and none copied for the caches. To add an operation, append to OPERATIONS.
+moved once, and none copied for the caches. A decoding step works in place: its bytes are counted by hand, those of a block
+half full, and of a block's end. To add an operation, append to OPERATIONS.
 
 Wants JAX's CUDA plugin; registers and spills want `ptxas` on the path besides (of the CUDA toolkit, or of the package
 nvidia-cuda-nvcc).
@@ -32,35 +33,43 @@ import jax.numpy as jnp
 
 from pallas_kernels.cache.gpu import cached_read
 from pallas_kernels.delta_rule.gpu import delta_rule
+from pallas_kernels.hola import Learned
+from pallas_kernels.step import Memory
+from pallas_kernels.step.gpu import evict, kernel, step
 from train.config import RunError
 from train.plan.topology import topology
 
 B, T, H, C = 8, 2048, 4, 256
+DECODED = 16  # rows of a decoding step
 WIDTH = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
 ABSENT = "-"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """FLOPs of a kernel's products, and the floor's FLOPs and bytes."""
+    """FLOPs of a kernel's products, and the floor's FLOPs and bytes. `moved`: its bytes, where operands and results are the
+    same arrays and their shapes do not tell."""
 
     flops: int
     floor_flops: int
     floor_bytes: int
+    moved: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """name    as the table says it
-    call     what is compiled: forward and backward
+    call     what is compiled: forward and backward, of a decoding step forward
     arrays   (shape, dtype) of its arguments
     work     of each kernel by its name; a kernel that is not there has no floor
+    donated  arguments that are given away
     """
 
     name: str
     call: Callable[..., Any]
     arrays: list[tuple[tuple[int, ...], str]]
     work: dict[str, Work]
+    donated: tuple[int, ...] = ()
 
 
 def cache_read(width: int, window: int) -> Operation:
@@ -103,6 +112,37 @@ def gated_delta_rule(width: int) -> Operation:
     return Operation(f"delta rule K=V={width}", jax.grad(loss, argnums=tuple(range(6))), arrays, {})
 
 
+def decoding_step(width: int, window: int) -> Operation:
+    """The floor: S both ways, the rows that may be read, and at a block's end the rows that compete read, the cache and the
+    empty block written."""
+    rows, item = DECODED * H, 2 * 2 * width
+    call = kernel.Call(DECODED, H, H, C, window, width, width, 1.0, 1.0, jnp.bfloat16, None)
+
+    def one(q: Any, k: Any, v: Any, beta: Any, decay: Any, document: Any, *memory: Any) -> Any:
+        learned = Learned(jnp.ones(width), jnp.ones(width), jnp.zeros(H), jnp.zeros(H))
+        return step(q, k, v, beta, decay, learned, Memory(*memory), document, scale=width**-0.5)
+
+    token, gate, counts = ((DECODED, H, width), "bfloat16"), ((DECODED, H), "float32"), ((DECODED,), "int32")
+    stores = [((DECODED, H, size, width), "bfloat16") for size in (window, window, C, C)]
+    scores = [((DECODED, H, size), kind) for size, kind in ((window, "float32"), (window, "int32"), (C, "float32"))]
+    weights = (DECODED, H, width, width), "float32"
+    memory = [weights, *stores[:2], *scores[:2], *stores[2:], scores[2], *[counts] * 3]
+    read = 2 * rows * width * 2 * (window + C // 2)
+    through = 2 * rows * 3 * width**2
+    floor, ends = rows * (8 * width**2 + item * (window + C // 2)), rows * item * 2 * (window + C)
+    moves = 2 * rows * 2 * width * window * (window + C)
+    return Operation(
+        f"step K=V={width} W={window}",
+        one,
+        [*[token] * 3, *[gate] * 2, counts, *memory],
+        {
+            "hola_step_token": Work(through + read, through + read, floor, kernel.bytes_moved(call, C // 2)),
+            "hola_step_evict": Work(moves, 0, ends, evict.bytes_moved(call)),
+        },
+        tuple(range(6, 6 + len(memory))),
+    )
+
+
 OPERATIONS: list[Callable[[], Operation]] = [
     functools.partial(gated_delta_rule, 256),
     functools.partial(gated_delta_rule, 128),
@@ -111,6 +151,10 @@ OPERATIONS: list[Callable[[], Operation]] = [
     functools.partial(cache_read, 256, 256),
     functools.partial(cache_read, 128, 64),
     functools.partial(cache_read, 64, 64),
+    functools.partial(decoding_step, 256, 64),
+    functools.partial(decoding_step, 256, 256),
+    functools.partial(decoding_step, 128, 64),
+    functools.partial(decoding_step, 64, 64),
 ]
 
 
@@ -168,16 +212,17 @@ def rows(operation: Operation, place: Any, ptxas: str | None) -> list[list[str]]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         with quiet():
-            program = jax.jit(operation.call).lower(*arrays).compile()
+            program = jax.jit(operation.call, donate_argnums=operation.donated).lower(*arrays).compile()
         moved = moved_by_kernel(program.as_text() or "")
         assert moved, f"no Mosaic kernel in {operation.name}"
         found = []
         for name, size in moved.items():
             told, work = assembled(Path(folder), name, ptxas), operation.work.get(name)
             counts = (told.registers, told.spilled, told.shared)
+            size = size if work is None or work.moved is None else work.moved
             found.append([operation.name, name, *(ABSENT if n is None else f"{n:,}" for n in counts)])
             found[-1] += [f"{size / 2**20:.1f}", f"{work.floor_bytes / 2**20:.1f}" if work else ABSENT]
-            found[-1] += [f"{n / 1e9:.1f}" for n in (work.flops, work.floor_flops)] if work else [ABSENT, ABSENT]
+            found[-1] += [f"{n / 1e9:,.2f}" for n in (work.flops, work.floor_flops)] if work else [ABSENT, ABSENT]
     memory: Any = program.memory_analysis()
     print(f"{operation.name}: {memory.temp_size_in_bytes / 2**20:.0f} MiB of temporary memory", file=sys.stderr)
     return found
@@ -227,7 +272,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no operation has {options.only!r} in its name: {[make().name for make in OPERATIONS]}", file=sys.stderr)
         return 1
     lines = [line for operation in operations for line in rows(operation, place, ptxas)]
-    print(f"jax {jax.__version__}, compiled for one H200; B={B}, T={T}, H={H}, C={C}, bfloat16, forward and backward")
+    print(
+        f"jax {jax.__version__}, compiled for one H200; B={B}, T={T}, H={H}, C={C}, bfloat16, forward and backward; "
+        f"a step: B={DECODED}, one token"
+    )
     print(table(lines))
     return 0
 

@@ -125,12 +125,16 @@ class LanguageModel(nnx.Module):
             params = params if gather is None else gather(params)
             return nnx.merge(structure, params)(x, segment_ids, state, sequence_axis=sequence_axis)
 
-        x, after = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (nnx.to_pure_dict(params), state))
+        layers = nnx.to_pure_dict(params)
         commit = getattr(MIXERS[self.config.mixer], "commit", None)
-        if commit is not None:
-            after = commit(self.init_state(tokens.shape[0]) if state is None else state, after)
+        if state is not None and tokens.shape[1] == 1 and commit is None:
+            x, state = _in_place(layer, x, layers, state)
+        else:
+            x, after = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (layers, state))
+            before = self.init_state(tokens.shape[0]) if commit and state is None else state
+            state = commit(before, after) if commit else after
         x = self.norm(x)
-        return (x if alignment is None else to_tokens(x, alignment)), after
+        return (x if alignment is None else to_tokens(x, alignment)), state
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """Logits in float32."""
@@ -161,6 +165,23 @@ class LanguageModel(nnx.Module):
             error.throw()
             return result
         return _compiled(*call)
+
+
+def _in_place(
+    layer: Callable[..., tuple[Array, State]], x: Array, layers: Params, states: State
+) -> tuple[Array, State]:
+    """The layers in order, each of which changes its part of the states. A scan that is given the states and gives them back
+    has two copies of them all, and moves one to the other."""
+
+    def step(carry: tuple[Array, State], numbered: tuple[Array, Params]) -> tuple[tuple[Array, State], None]:
+        (x, states), (number, params) = carry, numbered
+        state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, number, keepdims=False), states)
+        x, state = layer(x, (params, state))
+        states = jax.tree.map(lambda s, new: lax.dynamic_update_index_in_dim(s, new, number, 0), states, state)
+        return (x, states), None
+
+    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+    return lax.scan(step, (x, states), (numbers, layers))[0]
 
 
 def _forward(

@@ -2,9 +2,13 @@
 
 import argparse
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_compile
+from benchmarks import decode_compile, gpu, gpu_compile
+from train.plan import hlo
 
 
 def test_float64_agrees_with_the_memory_in_outputs_and_along_a_random_direction():
@@ -27,6 +31,30 @@ def test_ratios_of_what_was_measured():
     assert not [line for line in lines if "W=256" in line]  # was not measured
     floor = 16 * 2048 * 4 * gpu.FLOOR_FLOPS / gpu.REACHED
     assert f"GDN pallas / floor at 790 TFLOP/s = {1e-3 / floor:.1f} (target: at most 3)" in lines
+
+
+def test_a_decoded_tokens_bytes_are_the_states_both_ways_and_the_rows_it_may_read():
+    rows = 64 + sum(range(gpu.LOOP)) / gpu.LOOP
+    assert gpu.step_bytes(3, 4, 256) == 3 * 4 * (2 * 4 * 256 * 256 + rows * 2 * (256 + 256))
+
+
+def test_the_decoding_loop_is_token_after_token():
+    """From a state behind 2048 tokens: a block begins there, and the loop ends inside it."""
+    token = [np.asarray(x, "bfloat16" if i < 3 else "float32") for i, x in enumerate(gpu.made_inputs(2, 1, 1, 16, 0))]
+    state = gpu.memory_state(2, 1, 16, gpu.NEAR)
+    total, after = jax.jit(gpu.decode_memory("xla"))(state, *token)
+    assert (after.position == gpu.NEAR + gpu.LOOP).all() and gpu.NEAR % gpu.BLOCK == gpu.FAR % gpu.BLOCK == 0
+    assert (after.block_values[:, 0, : gpu.LOOP] == token[2][:, 0, 0][:, None]).all()
+    assert not after.block_values[:, 0, gpu.LOOP :].any() and jnp.isfinite(total).all() and total.any()
+
+
+@pytest.mark.slow
+def test_decoding_is_measured_beside_what_cannot_run(capsys):
+    sizes = ["--width=16", "--heads=1", "--decode-batches=1", "--copy-bytes=65536"]
+    gpu.main(["--parts=decoding", "--models=none", *sizes])
+    printed = capsys.readouterr().out
+    assert "memory, xla    B=1 " in printed and "of the copy (target: at least 60%)" in printed
+    assert "memory, pallas B=1    not here: NotImplementedError" in printed
 
 
 @pytest.mark.slow
@@ -79,3 +107,34 @@ def test_the_read_computes_at_least_what_the_floor_does():
     for width, window in ((256, 64), (64, 256)):
         for work in gpu_compile.cache_read(width, window).work.values():
             assert work.floor_flops < work.flops < 3 * work.floor_flops
+
+
+def test_a_step_moves_little_more_than_its_floor():
+    """What parts of the read hand on is the most of it, a fiftieth; with a part that is not full, a tenth."""
+    work = gpu_compile.decoding_step(256, 64).work["hola_step_token"]
+    assert work.floor_bytes < work.moved < 1.05 * work.floor_bytes
+    call = gpu_compile.kernel.Call(1, 4, 2, 256, 64, 128, 64, 1.0, 1.0, jnp.bfloat16, None)
+    seen = [gpu_compile.kernel.bytes_moved(call, filled) for filled in (0, 1, 32, 33)]
+    assert seen[1] - seen[0] == 32 * 2 * (2 * 128 + 4 * 64) + 4 * 4 * (64 + 2)  # shared keys are read once
+    assert seen[1] == seen[2] < seen[3]
+
+
+DECODED = """ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %step = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(token)/hola_step_token/call"}
+  %other = f32[8]{0} custom-call(%step), custom_call_target="else", metadata={op_name="jit(token)/else"}
+  ROOT %end = f32[8]{0} conditional(%other, %a), branch_computations={%x, %y}
+}
+"""
+
+
+def test_what_a_decoded_token_moves_leaves_our_kernels_to_be_counted_by_hand():
+    """The root stays, whatever it is: a program needs one."""
+    program = hlo.parse(DECODED)
+    assert [decode_compile.ours(each) for each in program.entry.instructions.values()] == [False, True, False, False]
+    rest = decode_compile.without(program, lambda each: decode_compile.ours(each) or each.opcode == "conditional")
+    assert list(rest.entry.instructions) == ["a", "other", "end"]
+    assert decode_compile.floor_bytes(1) == 4 * (8 * 256 * 256 + 4 * 256 * 320)
+    for implementation in ("pallas_tpu", "pallas_gpu"):
+        assert 1 < decode_compile.kernel_bytes(implementation, 16) / decode_compile.floor_bytes(16) < 1.05
+    assert decode_compile.kernel_bytes("xla", 16) == 0

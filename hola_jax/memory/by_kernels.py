@@ -212,17 +212,15 @@ def one_token(
     config: MemoryConfig,
     document: Int32[Array, " B"],
     state: MemoryState,
-) -> tuple[Array, MemoryState] | None:
-    """As `token.run_token`, through which its gradient goes; None where the platform has no kernel for it, or the kernel
-    does not take the shape."""
-    if kernels.step is None:
-        return None
+) -> tuple[Array, MemoryState]:
+    """As `token.run_token`, through which its gradient goes. For what `kernels.token_kernels` gives kernels for."""
+    assert kernels.step is not None
     token = kernels.step
     magnitude = magnitude_kind(config)
 
     def call(inputs: Any, learned: Any, memory: Any, given: Any, document: Any) -> Any:
         return token(
-            *(x[:, 0] for x in inputs),
+            *inputs,
             learned,
             memory,
             document,
@@ -234,15 +232,14 @@ def one_token(
 
     @jax.custom_vjp
     def step(inputs: Inputs, params: CacheParams, state: MemoryState) -> tuple[Array, MemoryState]:
-        given = None
+        given, one = None, Inputs(*(x[:, 0] for x in inputs))
         if magnitude is None:
-            given = token_scores(config, None, inputs.v[:, 0], inputs.beta[:, 0], state.position)
+            given = token_scores(config, None, one.v, one.beta, state.position)
         memory = Memory(*(getattr(state, name) for name in Memory._fields))
         by_head = P(None, "heads")
         rows = Memory(*[by_head] * 8, *[WHOLE] * 3)  # type: ignore[arg-type]
-        in_specs = (TOKENS, P("heads"), rows, by_head, WHOLE)
-        run = divided(call, in_specs, (by_head, rows))
-        out, after = run(inputs, _learned(inputs, params, config), memory, given, document)
+        run = divided(call, (by_head, P("heads"), rows, by_head, WHOLE), (by_head, rows))
+        out, after = run(one, _learned(inputs, params, config), memory, given, document)
         return out[:, None], dataclasses.replace(state, **after._asdict())
 
     def through_xla(given: Any, cotangents: Any) -> Any:
@@ -252,10 +249,7 @@ def one_token(
         return jax.vjp(same, *given)[1](cotangents)
 
     step.defvjp(lambda *given: (step(*given), given), through_xla)
-    try:
-        result: tuple[Array, MemoryState] = step(inputs, params, state)
-    except NotImplementedError:
-        return None
+    result: tuple[Array, MemoryState] = step(inputs, params, state)
     return result
 
 

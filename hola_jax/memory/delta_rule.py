@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from hola_jax.array_types import Array, Float, Int
+from hola_jax.array_types import Array, Bool, Float, Int
 from hola_jax.memory.decay import DocumentMasks, decayed_products, decays, document_masks, pair_decay
 from hola_jax.memory.scan import Strategy, axis_scan, prefix_scan
 from hola_jax.memory.triangular import unit_lower_inverse
@@ -297,11 +297,22 @@ def delta_rule_token(
     log_decay: Float[Array, "B H"] | Float[Array, "B H K"],
     state: Float[Array, "B H K V"],
     scale: float,
+    begins: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H V"], Float[Array, "B H K V"]]:
-    """(output, error e, state) of one token; keys and queries come normalised and one per value head."""
+    """(output, error e, state) of one token; keys and queries come normalised and one per value head.
+
+    Rows of the batch that are said to begin find an empty state. What key and query find in the old state is one pass over
+    it, and the new state another: the query finds there what it found in the old one, and of the write what it shares with
+    the key. Sums, not products: a matrix unit has no use for one row.
+    """
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    decay = log_decay if log_decay.ndim == 3 else log_decay[..., None]
-    state = jnp.exp(decay)[..., None] * state
-    error = v - jnp.einsum("bhk,bhkv->bhv", k, state, precision=HIGHEST)
-    state = state + (beta[..., None] * k)[..., None] * error[..., None, :]
-    return scale * jnp.einsum("bhk,bhkv->bhv", q, state, precision=HIGHEST), error, state
+    keep = jnp.exp(log_decay if log_decay.ndim == 3 else log_decay[..., None])
+
+    def of_old(x: Array) -> Array:
+        return x if begins is None else jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)
+
+    expected, found = (of_old(jnp.sum((x * keep)[..., None] * state, axis=2)) for x in (k, q))
+    error = v - expected
+    write = beta[..., None] * error
+    state = of_old(keep[..., None] * state) + k[..., None] * write[..., None, :]
+    return scale * (found + jnp.sum(q * k, axis=-1, keepdims=True) * write), error, state

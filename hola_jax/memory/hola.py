@@ -7,6 +7,7 @@ tokens at once (on one device or along a mesh axis), `token` for decoding.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -69,6 +70,11 @@ def hola_memory(
     else:
         documents = segment_ids.astype(jnp.int32)
 
+    if length == 1 and not fresh and sequence_axis is None and chosen != "reference":
+        state = dataclasses.replace(state, config=config.meaning())
+        by_kernel = kernels.token_kernels(chosen, work)
+        one_token = run_token if by_kernel is None else functools.partial(by_kernels.one_token, by_kernel)
+        return one_token(inputs, cache_params, config, documents[:, 0], state)
     others, packed = (v, beta, log_decay), documents if several else None
     clear = poison.cleared(q, k, others, (state.fast_weights,), packed, state.document, sequence_axis, fresh=fresh)
     inputs = Inputs(clear.q, clear.k, *clear.others)
@@ -76,10 +82,6 @@ def hola_memory(
     run = kernels.kernels(chosen)
     if chosen == "reference":
         out, state = hola_reference(*inputs, cache_params, config, documents, state)
-    elif length == 1 and not fresh and sequence_axis is None:
-        token = (inputs, cache_params, config, documents[:, 0], state)
-        found = by_kernels.one_token(run, *token) if run is not None else None
-        out, state = run_token(*token) if found is None else found
     else:
         out, state = run_piece(inputs, cache_params, config, documents, several, state, fresh, sequence_axis, run)
     fast_weights = poison.spoil(state.fast_weights, clear.spoilt_last)

@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from hola_jax.array_types import Array
+from pallas_kernels.step.arrays import Sizes
 
 Implementation = Literal["reference", "xla", "pallas", "pallas_tpu", "pallas_gpu", "interpret"]
 
@@ -29,20 +30,23 @@ class Kernels(NamedTuple):
     cached_read: Callable[..., Any]
     hola: Callable[..., Any] | None = None  # both in one, where a platform has it
     step: Callable[..., Any] | None = None  # one token, where a platform has it
+    step_refuses: Callable[[Sizes], str] | None = None  # why `step` does not take a shape; empty where it does
     interpret: Any = False
 
 
 def _tpu() -> Kernels:
     from pallas_kernels import cache, delta_rule, hola, step
 
-    return Kernels(delta_rule.delta_rule, cache.cached_read, hola.hola, step.step)
+    return Kernels(delta_rule.delta_rule, cache.cached_read, hola.hola, step.step, step.tpu_refuses)
 
 
 def _gpu() -> Kernels:
+    from pallas_kernels import step
     from pallas_kernels.cache import gpu as cache
     from pallas_kernels.delta_rule import gpu as delta_rule
+    from pallas_kernels.step import gpu as gpu_step
 
-    return Kernels(delta_rule.delta_rule, cache.cached_read)
+    return Kernels(delta_rule.delta_rule, cache.cached_read, None, gpu_step.step, step.gpu_refuses)
 
 
 PLATFORMS: dict[str, Callable[[], Kernels]] = {"tpu": _tpu, "gpu": _gpu}
@@ -81,8 +85,35 @@ def work_of(q: Array, k: Array, v: Array, **fields: Any) -> Work:
 def kernels(name: Implementation) -> Kernels | None:
     """The kernels that a chosen implementation runs by; None where it runs by plain XLA."""
     if name == "interpret":
-        return _tpu()._replace(interpret=True)
+        from pallas_kernels.step import tpu_refuses
+
+        return _tpu()._replace(interpret=True, step_refuses=functools.partial(tpu_refuses, interpret=True))
     return PLATFORMS[name.removeprefix("pallas_")]() if name.startswith("pallas_") else None
+
+
+def token_kernels(name: Implementation, work: Work) -> Kernels | None:
+    """Those by which one token of HOLA's memory runs; None where it runs by plain XLA, which `choose` has told of."""
+    found = kernels(name)
+    return found if found is not None and not _step_refused(name, work) else None
+
+
+@functools.cache
+def _step_refused(name: Implementation, work: Work) -> str:
+    """Why one token of HOLA's memory does not run by the chosen kernels; empty where it does, or where there is no cache."""
+    found = kernels(name)
+    if found is None or work.window is None or work.block is None:
+        return ""
+    if found.step is None or found.step_refuses is None:
+        return "there is no kernel for it"
+    return found.step_refuses(
+        Sizes(work.heads, work.key_heads, work.key_dim, work.value_dim, work.window, work.block, work.dtypes[2])
+    )
+
+
+def _with_token(choice: Choice, work: Work) -> Choice:
+    """The choice, and what a single token runs by where that is something else."""
+    refused = _step_refused(choice.name, work)
+    return choice._replace(why=f"{choice.why}; a single token runs by xla: {refused}") if refused else choice
 
 
 def choose(
@@ -113,6 +144,7 @@ def choose(
     if asked is None:
         why_not = _why_not(work, platform, parts, here)
         found = Choice("xla", why_not) if why_not else Choice(_named(platform), f"{platform} kernels take this shape")
+        found = _with_token(found, work)
         if here:
             _say_once(found, platform in PLATFORMS)
         return found
@@ -125,7 +157,7 @@ def choose(
         why_not = _refused(platform, work)
     if why_not := why_not or _unfit(work, parts):
         raise NotImplementedError(f"implementation={asked!r}: {why_not}; {ELSEWHERE}")
-    return Choice(name, "asked for")
+    return _with_token(Choice(name, "asked for"), work)
 
 
 def _named(platform: str) -> Any:

@@ -3,30 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hola_jax.array_types import Array, Bool, Int32
+from hola_jax.array_types import Array, Bool, Float, Int32
 from hola_jax.memory.align import Inputs
 from hola_jax.memory.cache_read import read_token
 from hola_jax.memory.delta_rule import delta_rule_token
 from hola_jax.memory.exact_cache import best_rows, token_scores
 from hola_jax.memory.norms import for_reading, unit_l2
+from hola_jax.memory.poison import cleaned, not_finite, spoil
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
+
+
+class Rows(NamedTuple):
+    """Fields of a state: what a document's beginning or a block's end changes, by conditionals. S is none of them, for a
+    conditional may copy what passes through it."""
+
+    cache_keys: Float[Array, "B H W K"]
+    cache_values: Float[Array, "B H W V"]
+    cache_scores: Float[Array, "B H W"]
+    cache_positions: Int32[Array, "B H W"]
+    block_keys: Float[Array, "B h C K"]
+    block_values: Float[Array, "B H C V"]
+    block_scores: Float[Array, "B H C"]
+
+
+class Clean(NamedTuple):
+    """A token without NaN and inf, and what those spoil: nothing at padding."""
+
+    inputs: Inputs
+    writes: Bool[Array, "B H"]  # the state, and so the answer
+    asks: Bool[Array, "B H"]  # the answer alone
+
+
+def clean_token(inputs: Inputs, document: Int32[Array, " B"]) -> Clean:
+    """As `poison.cleared`, of one token; the state is left to who passes over it anyway."""
+    q, k, *others = inputs
+    bad_query, bad_key = not_finite(q), not_finite(k)
+    bad = jnp.stack([not_finite(x) for x in others]).any(0)
+    group, real = bad.shape[2] // k.shape[2], (document > 0)[:, None]
+    writes = bad | jnp.repeat(bad_key, group, axis=2)
+    clean = Inputs(cleaned(q, bad_query), cleaned(k, bad_key), *(cleaned(x, bad) for x in others))
+    return Clean(clean, writes[:, 0] & real, jnp.repeat(bad_query, group, axis=2)[:, 0] & real)
 
 
 def run_token(
     inputs: Inputs, params: CacheParams, config: MemoryConfig, document: Int32[Array, " B"], state: MemoryState
 ) -> tuple[Array, MemoryState]:
-    """One token of every row: the decoding path. Rows may stand at different positions; padding changes nothing."""
-    q, k, v, beta, log_decay = (x[:, 0] for x in inputs)
+    """One token of every row: the decoding path. Rows may stand at different positions; padding changes nothing.
+
+    S is read in one pass, and read and written in another: nobody looks for NaN in it but by what it answers.
+    """
+    clean = clean_token(inputs, document)
+    q, k, v, beta, log_decay = (x[:, 0] for x in clean.inputs)
     batch, heads, _ = v.shape
     key_heads, block = k.shape[1], config.block
     real = document > 0
     new = real & (document != state.document)
-    state = lax.cond(jnp.any(new), lambda s: _forget_rows(s, new, document), lambda s: s, state)
+    rows = Rows(*(getattr(state, name) for name in Rows._fields))
+    rows = lax.cond(jnp.any(new), lambda rows: _forget(rows, new), lambda rows: rows, rows)
+    document_start = jnp.where(new, state.position, state.document_start)
 
     beta = jnp.where(real[:, None], beta, 0.0)
     log_decay = jnp.where(real.reshape(-1, *[1] * (log_decay.ndim - 1)), log_decay, 0.0)
@@ -39,89 +79,92 @@ def run_token(
         log_decay,
         state.fast_weights,
         config.scale(k.shape[-1]),
+        new,
     )
-    norm = jnp.linalg.norm(lax.stop_gradient(error), axis=-1)
+    # What S holds that is not finite shows in the error, for its whole column. Such a head competes with nothing.
+    lost = jnp.isnan(jnp.sum(0 * error, axis=-1))
+    spoilt = clean.writes | lost
+    norm = jnp.linalg.norm(jnp.where(lost[..., None], 0.0, lax.stop_gradient(error)), axis=-1)
     magnitude = {"surprise": beta * norm, "residual": norm}.get(config.score)
     score = token_scores(config, magnitude, v, beta, state.position)
     query, key = for_reading(q, k, heads, params, config)
 
     fill = state.position % block
     row, slot = jnp.arange(batch), jnp.where(real, fill, block)  # a slot behind the block is dropped
-    block_keys = state.block_keys.at[row, :, slot].set(key, mode="drop")
-    block_values = state.block_values.at[row, :, slot].set(v, mode="drop")
-    block_scores = state.block_scores.at[row, :, slot].set(score, mode="drop")
+    rows = rows._replace(
+        block_keys=rows.block_keys.at[row, :, slot].set(key, mode="drop"),
+        block_values=rows.block_values.at[row, :, slot].set(v, mode="drop"),
+        block_scores=rows.block_scores.at[row, :, slot].set(score, mode="drop"),
+    )
     index = jnp.arange(block)
-    seen = (index <= fill[:, None]) & ((state.position - fill)[:, None] + index >= state.document_start[:, None])
-    filled = state.cache_scores > -jnp.inf
+    seen = (index <= fill[:, None]) & ((state.position - fill)[:, None] + index >= document_start[:, None])
+    filled = rows.cache_scores > -jnp.inf
 
     def apart(x: Array) -> Array:
         return x.reshape(batch, key_heads, group, *x.shape[2:])
 
     o_cache = read_token(
         apart(query),
-        [apart(state.cache_keys), block_keys[:, :, None]],
-        [apart(state.cache_values), apart(block_values)],
+        [apart(rows.cache_keys), rows.block_keys[:, :, None]],
+        [apart(rows.cache_values), apart(rows.block_values)],
         [apart(filled), jnp.broadcast_to(seen[:, None, None], (batch, key_heads, group, block))],
         params.sink_logit.reshape(key_heads, group),
     ).reshape(batch, heads, -1)
     gate = jax.nn.sigmoid(params.gate_logit.astype(jnp.float32))[:, None]
-    out = jnp.where(real[:, None, None], o_state + gate * o_cache, 0.0).astype(v.dtype)
+    out = spoil(jnp.where(real[:, None, None], o_state + gate * o_cache, 0.0), (spoilt | clean.asks) & real[:, None])
+    complete, position = real & (fill == block - 1), state.position + real
+    rows = lax.cond(jnp.any(complete), lambda rows: _merge(rows, complete, seen, position), lambda rows: rows, rows)
     state = dataclasses.replace(
         state,
-        fast_weights=fast_weights,
-        block_keys=block_keys,
-        block_values=block_values,
-        block_scores=block_scores,
-        position=state.position + real,
+        fast_weights=spoil(fast_weights, spoilt),
+        position=position,
+        document=jnp.where(new, document, state.document),
+        document_start=document_start,
+        **rows._asdict(),
     )
-    complete = real & (fill == block - 1)
-    state = lax.cond(jnp.any(complete), lambda s: _merge_block(s, complete, seen), lambda s: s, state)
-    return out[:, None], state
+    return out[:, None].astype(v.dtype), state
 
 
-def _choose(rows: Bool[Array, " B"], new: MemoryState, old: MemoryState) -> MemoryState:
-    """The state that is `new` in the named rows of the batch."""
-    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+def _choose(which: Bool[Array, " B"], new: Rows, old: Rows) -> Rows:
+    """The rows that are `new` in the named rows of the batch."""
+    return jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-def _forget_rows(state: MemoryState, rows: Bool[Array, " B"], document: Int32[Array, " B"]) -> MemoryState:
-    """A new document begins in the named rows: nothing of the old one is kept but its tokens' share of the block."""
-    empty = dataclasses.replace(
-        state,
-        fast_weights=jnp.zeros_like(state.fast_weights),
-        cache_keys=jnp.zeros_like(state.cache_keys),
-        cache_values=jnp.zeros_like(state.cache_values),
-        cache_scores=jnp.full_like(state.cache_scores, -jnp.inf),
-        cache_positions=jnp.full_like(state.cache_positions, EMPTY),
-        document=document,
-        document_start=state.position,
+def _forget(rows: Rows, which: Bool[Array, " B"]) -> Rows:
+    """A new document begins in the named rows of the batch: nothing of the old one is kept but its tokens' share of the
+    block, which is not seen."""
+    empty = rows._replace(
+        cache_keys=jnp.zeros_like(rows.cache_keys),
+        cache_values=jnp.zeros_like(rows.cache_values),
+        cache_scores=jnp.full_like(rows.cache_scores, -jnp.inf),
+        cache_positions=jnp.full_like(rows.cache_positions, EMPTY),
     )
-    return _choose(rows, empty, state)
+    return _choose(which, empty, rows)
 
 
-def _merge_block(state: MemoryState, rows: Bool[Array, " B"], seen: Bool[Array, "B C"]) -> MemoryState:
-    """The named rows' running block is complete: its visible tokens compete with the cache, and the block is empty."""
-    window, block = state.cache_scores.shape[-1], state.block_scores.shape[-1]
-    heads, group = state.cache_scores.shape[1], state.cache_scores.shape[1] // state.block_keys.shape[1]
-    scores = jnp.concatenate([state.cache_scores, jnp.where(seen[:, None], state.block_scores, -jnp.inf)], axis=-1)
+def _merge(rows: Rows, which: Bool[Array, " B"], seen: Bool[Array, "B C"], position: Int32[Array, " B"]) -> Rows:
+    """The running block of the named rows of the batch is complete: its visible tokens compete with the cache, and the block
+    is empty."""
+    window, block = rows.cache_scores.shape[-1], rows.block_scores.shape[-1]
+    heads, group = rows.cache_scores.shape[1], rows.cache_scores.shape[1] // rows.block_keys.shape[1]
+    scores = jnp.concatenate([rows.cache_scores, jnp.where(seen[:, None], rows.block_scores, -jnp.inf)], axis=-1)
     index = jnp.broadcast_to(jnp.arange(window + block, dtype=jnp.int32), scores.shape)
     best, index = best_rows(scores, index, window)
     filled = best > -jnp.inf
-    in_block = (state.position[:, None] - block + jnp.arange(block, dtype=jnp.int32))[:, None]
+    in_block = (position[:, None] - block + jnp.arange(block, dtype=jnp.int32))[:, None]
     positions = jnp.concatenate(
-        [state.cache_positions, jnp.broadcast_to(in_block, (in_block.shape[0], heads, block))], axis=-1
+        [rows.cache_positions, jnp.broadcast_to(in_block, (in_block.shape[0], heads, block))], axis=-1
     )
-    keys = jnp.concatenate([state.cache_keys, jnp.repeat(state.block_keys, group, axis=1)], axis=2)
-    values = jnp.concatenate([state.cache_values, state.block_values], axis=2)
+    keys = jnp.concatenate([rows.cache_keys, jnp.repeat(rows.block_keys, group, axis=1)], axis=2)
+    values = jnp.concatenate([rows.cache_values, rows.block_values], axis=2)
     take = jax.vmap(jax.vmap(lambda x, i: x[i]))
-    merged = dataclasses.replace(
-        state,
+    merged = Rows(
         cache_keys=jnp.where(filled[..., None], take(keys, index), 0),
         cache_values=jnp.where(filled[..., None], take(values, index), 0),
         cache_scores=best,
         cache_positions=jnp.where(filled, take(positions, index), EMPTY),
-        block_keys=jnp.zeros_like(state.block_keys),
-        block_values=jnp.zeros_like(state.block_values),
-        block_scores=jnp.zeros_like(state.block_scores),
+        block_keys=jnp.zeros_like(rows.block_keys),
+        block_values=jnp.zeros_like(rows.block_values),
+        block_scores=jnp.zeros_like(rows.block_scores),
     )
-    return _choose(rows, merged, state)
+    return _choose(which, merged, rows)

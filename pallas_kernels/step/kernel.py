@@ -97,16 +97,33 @@ class OnChip(NamedTuple):
     done: Any  # semaphores of four copies
 
 
-def _through_state(token: Token, memory: Store, after: Store, beta: Array, decay: Array, new: Any, scale: float) -> Any:
-    """(the state's answer [1, V], |e| [1, 1]); writes the state behind the token."""
-    q, k, v = (x[...].astype(jnp.float32) for x in token[:3])
+def _clean(x: Array) -> tuple[Array, Array]:
+    """(a row without what is not finite, NaN [1, 1] where there was any and else 0)."""
+    poison = jnp.sum(0.0 * x, axis=1, keepdims=True)  # 0 * x is NaN just where x is not finite
+    return jnp.where(jnp.isnan(poison), 0.0, x), poison
+
+
+def _through_state(
+    q: Array,
+    k: Array,
+    v: Array,
+    memory: Store,
+    after: Store,
+    beta: Array,
+    decay: Array,
+    new: Any,
+    poison: Any,
+    scale: float,
+) -> Any:
+    """(the state's answer [1, V], |e| [1, 1], NaN for a spoilt state or else 0); writes the state behind the token."""
     query, key = column(q * norm_factor(q)), column(k * norm_factor(k))
     state = jnp.where(new, 0.0, memory.state[...]) * jnp.exp(decay)
     error = v - jnp.sum(key * state, axis=0, keepdims=True)
-    state = state + (beta * key) * error
+    state = state + (beta * key) * error + poison
     after.state[...] = state
     answer = scale * jnp.sum(query * state, axis=0, keepdims=True)
-    return answer, jnp.sqrt(jnp.sum(error * error, axis=1, keepdims=True))
+    _, lost = _clean(error)  # e is not finite where anything of its column of S is not
+    return answer, jnp.sqrt(jnp.sum(error * error, axis=1, keepdims=True)), lost + poison
 
 
 def _read(
@@ -134,10 +151,12 @@ def _kernel(*refs: Any, call: Call) -> None:
     complete = real & (fill == call.block - 1)
     last_of_group = lax.rem(h, jnp.int32(call.group)) == call.group - 1
 
-    query, key = token.q[...].astype(jnp.float32), token.k[...].astype(jnp.float32)
-    query = (query * read_factor(query, call.share) * token.query_scale[...]).astype(call.dtype)
-    key = (key * read_factor(key, call.share) * token.key_scale[...]).astype(call.dtype)
-    value = token.v[...]
+    (q, asked), (k, poison), (v, of_value) = (_clean(x[...].astype(jnp.float32)) for x in token[:3])
+    query = (q * read_factor(q, call.share) * token.query_scale[...]).astype(call.dtype)
+    key = (k * read_factor(k, call.share) * token.key_scale[...]).astype(call.dtype)
+    value = v.astype(call.dtype)
+    beta, decay = (jnp.where(real, x[head], 0.0) for x in numbers[:2])
+    poison = jnp.where(real, poison + of_value, 0.0) + 0.0 * (beta + decay)
 
     # The tile with the new token goes out while the rest is at work. Heads that share a key head read it first.
     start = pl.multiple_of(fill - lax.rem(fill, jnp.int32(call.tile)), call.tile)
@@ -157,14 +176,13 @@ def _kernel(*refs: Any, call: Call) -> None:
     cache, given = on_chip.cache, memory.cache
     for mine, theirs, empty in zip(cache, given, (0, 0, -jnp.inf, -1), strict=True):
         mine[...] = jnp.where(new, jnp.full_like(theirs, empty), theirs[...])
-    beta, decay = (jnp.where(real, x[head], 0.0) for x in numbers[:2])
-    answer, norm = _through_state(token, memory, after, beta, decay, new, call.scale)
+    answer, norm, spoilt = _through_state(q, k, v, memory, after, beta, decay, new, poison, call.scale)
     places = index((1, call.block), 1)
     here, seen = places == fill, (places <= fill) & (places >= counts.first[b])
     read = _read(query, key, value, memory, cache, seen, here, numbers.sink[h])
-    out[...] = jnp.where(real, answer + numbers.gate[h] * read, 0.0).astype(out.dtype)
+    out[...] = jnp.where(real, answer + numbers.gate[h] * read + spoilt + asked, 0.0).astype(out.dtype)
     magnitude = norm if call.residual else beta * norm
-    score = magnitude if numbers.score is None else numbers.score[head]
+    score = jnp.where(jnp.isnan(spoilt), 0.0, magnitude if numbers.score is None else numbers.score[head])
     scores = jnp.where(here & real, score, memory.block_scores[...])
     after.block_scores[...] = jnp.where(complete, 0.0, scores)
 

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from hola_jax import preset
 from hola_jax.config import memory_work
-from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, linear_memory
+from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, init_state, linear_memory
 from hola_jax.memory import kernels as choosing
-from hola_jax.memory.kernels import choose
+from hola_jax.memory.kernels import choose, token_kernels
 
 PAPER = memory_work(preset("hola-340m"))
 
@@ -74,6 +74,23 @@ def test_what_the_kernels_do_not_take_runs_by_xla_with_the_reason_and_is_refused
             on_tpu(work, asked)
 
 
+def test_a_single_token_that_runs_by_something_else_is_told_of():
+    """A TPU's kernel of one token wants 16 rows to a tile, a GPU's 64; those of a sequence do not."""
+    for platform, window, words in (
+        ("tpu", 24, "a window of a multiple of 16"),
+        ("gpu", 80, "window=80: the GPU step"),
+    ):
+        work = PAPER._replace(window=window)
+        for asked, why in ((None, f"{platform} kernels take this shape"), ("pallas", "asked for")):
+            found = choose(asked, work, platform=platform, parts=1)
+            assert found.name == f"pallas_{platform}"
+            assert re.match(f"{why}; a single token runs by xla: .*{words}", found.why), found.why
+        assert token_kernels(found.name, work) is None
+        assert token_kernels(found.name, PAPER) is not None
+    assert token_kernels("xla", PAPER) is None
+    assert token_kernels("interpret", PAPER._replace(window=24)) is not None
+
+
 def test_a_platform_without_kernels_is_named():
     assert choose(None, PAPER, platform="rocm", parts=1) == ("xla", "there are no kernels for rocm")
     for asked in ("pallas", "pallas_tpu"):
@@ -93,7 +110,7 @@ def traced(implementation=None, width=64):
     params = CacheParams(*[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (width, width, 2, 2)])
 
     def run(arrays, params):
-        return hola_memory(*arrays, params, config=MemoryConfig(window=8, block=128), implementation=implementation)
+        return hola_memory(*arrays, params, config=MemoryConfig(window=16, block=128), implementation=implementation)
 
     return str(jax.make_jaxpr(run)([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], params))
 
@@ -148,3 +165,24 @@ def test_the_default_device_decides_for_a_bare_call():
         assert choosing.platform_here() == "cpu"
     with jax.default_device("cpu"):
         assert choosing.platform_here() == "cpu"
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_one_token_runs_by_the_platforms_kernel_and_its_gradient_by_xla(implementation):
+    """Traced, not compiled: the gradient's program has the kernels of the forward pass and no more."""
+    if implementation == "pallas_gpu" and jax.__version_info__ < (0, 11):
+        pytest.skip("the GPU kernels are written for jax 0.11 and newer")
+    config = MemoryConfig(window=64, block=128)
+    state = jax.eval_shape(lambda: init_state(config, 1, 2, 64, 64, jnp.bfloat16))
+    tokens = [jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)] * 3 + [
+        jax.ShapeDtypeStruct((1, 1, 2), jnp.float32)
+    ] * 2
+    params = CacheParams(*[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (64, 64, 2, 2)])
+
+    def loss(tokens, params, state):
+        out, after = hola_memory(*tokens, params, config=config, state=state, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(after.fast_weights)
+
+    forward, both = (str(jax.make_jaxpr(run)(tokens, params, state)) for run in (loss, jax.grad(loss, argnums=(0, 1))))
+    calls = forward.count("name=hola_step")
+    assert calls == both.count("name=hola_step") and calls >= 1
