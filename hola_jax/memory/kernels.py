@@ -27,15 +27,18 @@ class Kernels(NamedTuple):
 
     delta_rule: Callable[..., Any]
     cached_read: Callable[..., Any]
-    hola: Callable[..., Any] | None = None  # both in one, where a platform has it
+    hola: Callable[..., Any] | None = None  # both in one, where a platform has it and it takes the work
+    fits: Callable[..., str | None] | None = None  # why that one does not take a work, or None
     step: Callable[..., Any] | None = None  # one token, where a platform has it
+    contained: bool = False  # whether `delta_rule` keeps NaN to its document, as `hola` does; else it must not see any
     interpret: Any = False
 
 
 def _tpu() -> Kernels:
     from pallas_kernels import cache, delta_rule, hola, step
 
-    return Kernels(delta_rule.delta_rule, cache.cached_read, hola.hola, step.step)
+    state, read = delta_rule.delta_rule, cache.cached_read
+    return Kernels(state, read, hola=hola.hola, fits=hola.fits, step=step.step, contained=True)
 
 
 def _gpu() -> Kernels:
@@ -56,6 +59,7 @@ class Choice(NamedTuple):
 
     name: Implementation
     why: str
+    fused: bool = False  # whether state, cache and read are one kernel
 
 
 class Work(NamedTuple):
@@ -70,6 +74,7 @@ class Work(NamedTuple):
     channels: bool = False  # whether each key channel has a decay of its own
     window: int | None = None  # None: there is no exact cache
     block: int | None = None
+    continued: bool = False  # whether it begins with an earlier piece's state
 
 
 def work_of(q: Array, k: Array, v: Array, **fields: Any) -> Work:
@@ -78,11 +83,28 @@ def work_of(q: Array, k: Array, v: Array, **fields: Any) -> Work:
     return Work(*sizes, (q.dtype.name, k.dtype.name, v.dtype.name), **fields)
 
 
-def kernels(name: Implementation) -> Kernels | None:
-    """The kernels that a chosen implementation runs by; None where it runs by plain XLA."""
+def kernels(choice: Choice) -> Kernels | None:
+    """The kernels of a choice, the fused one only where it is chosen; None where it is plain XLA."""
+    found = _of(choice.name)
+    return found if found is None or choice.fused else found._replace(hola=None)
+
+
+def _of(name: Implementation) -> Kernels | None:
     if name == "interpret":
         return _tpu()._replace(interpret=True)
     return PLATFORMS[name.removeprefix("pallas_")]() if name.startswith("pallas_") else None
+
+
+def why_apart(name: Implementation, work: Work, sequence_axis: str | None) -> str:
+    """Why a memory with a cache takes two kernels, the state's and the cache's; empty where one does all."""
+    run = _of(name)
+    if run is None or run.fits is None or work.window is None:
+        return "the platform has no other"
+    if sequence_axis is not None:
+        return "what a device finds in the cache depends on the scores of the devices before it"
+    sizes = work.heads, work.key_heads, work.key_dim, work.value_dim, work.dtypes
+    cache = {"window": work.window, "block": work.block, "continued": work.continued}
+    return run.fits(*sizes, **cache, interpret=run.interpret) or ""
 
 
 def choose(
@@ -111,8 +133,10 @@ def choose(
     platform = platform_here() if platform is None else platform
     parts = head_parts() if parts is None else parts
     if asked is None:
-        why_not = _why_not(work, platform, parts, here)
-        found = Choice("xla", why_not) if why_not else Choice(_named(platform), f"{platform} kernels take this shape")
+        if why_not := _why_not(work, platform, parts, here):
+            found = Choice("xla", why_not)
+        else:
+            found = _by_kernels(_named(platform), f"{platform} kernels take this shape", work, sequence_axis)
         if here:
             _say_once(found, platform in PLATFORMS)
         return found
@@ -125,7 +149,18 @@ def choose(
         why_not = _refused(platform, work)
     if why_not := why_not or _unfit(work, parts):
         raise NotImplementedError(f"implementation={asked!r}: {why_not}; {ELSEWHERE}")
-    return Choice(name, "asked for")
+    found = _by_kernels(name, "asked for", work, sequence_axis)
+    if here:
+        _say_once(found, False)
+    return found
+
+
+def _by_kernels(name: Implementation, why: str, work: Work, sequence_axis: str | None) -> Choice:
+    if work.window is None:
+        return Choice(name, why)
+    apart = why_apart(name, work, sequence_axis)
+    how = f"state and cache in two kernels: {apart}" if apart else "the whole memory in one kernel"
+    return Choice(name, f"{why}; {how}", not apart)
 
 
 def _named(platform: str) -> Any:

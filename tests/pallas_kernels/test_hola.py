@@ -99,6 +99,14 @@ def test_outputs_state_and_gradients_are_those_of_xla(name):
     compare(config, arrays, segments, state, *((2e-5, 1e-4) if exact else (3e-2, 3e-2)))
 
 
+@pytest.mark.parametrize("which", range(5), ids=["q", "k", "v", "beta", "log_decay"])
+def test_nan_in_a_document_leaves_outputs_state_and_gradients_as_in_xla(which):
+    """NaN at the same places, and in no gradient. The programs are those of the case "bfloat16"."""
+    bad = inputs(1, dtype="bfloat16")
+    bad[which] = bad[which].at[0, 9, 0].set(jnp.nan).at[1, 22, 0].set(jnp.inf)
+    compare(CONFIG, bad, jnp.asarray(SEGMENTS), None, 3e-2, 3e-2)
+
+
 @pytest.mark.parametrize(("gate", "beta"), [(0.0, 1.0), (-50.0, 1.0), (-1e9, 0.0)])
 def test_extreme_gates_repeated_keys_and_keys_of_zeros(gate, beta):
     q, k, v, *_ = inputs(2)
