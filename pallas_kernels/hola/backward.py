@@ -68,12 +68,10 @@ class OnChip(NamedTuple):
 
     state: Any  # [K, V]: by the state after the block, then before it
     sums: Sums
-    out: Any  # [C, V]: by the outputs, 0 where those are NaN
     queries: Any  # [C, K]: by the read's queries
     query_scale: Any  # [1, K]
     key_scale: Any  # [1, K]
     prepared: Prepared
-    running: Any  # [K, V]: the state, forward again
     between: Any  # [m, K, V]: the state before each chunk
     writes: Any  # [C, V]
     inverses: Any  # [m, c, c]
@@ -89,16 +87,17 @@ def _through_read_norm(raw: Array, scale: Array, d_ready: Array, share: float) -
 
 def _through_state(given: Operands, before: Any, results: Gradients, on_chip: OnChip, call: Call) -> None:
     """Back through the chunks, and out: the read's gradients are there already. First forward again, for the states
-    between the chunks; of a chunk's matrices the inverse waits, the rest is made twice."""
-    on_chip.running[...] = before[...]
+    between the chunks; of a chunk's matrices the inverse waits, the rest is made twice. Two results hold other numbers
+    until their own come: `v` the gradient by the outputs, `initial` the state on its way forward."""
+    results.initial[...] = before[...]
 
     def again(indices: list[Any]) -> None:
         chunks = [load_chunk(given, call, index) for index in indices]
-        between = made_again(chunks, on_chip.running[...])
+        between = made_again(chunks, results.initial[...])
         for index, chunk, (found, write) in zip(indices, chunks, between, strict=True):
             on_chip.between[index], on_chip.writes[call.rows_of(index), :] = found, write
             on_chip.inverses[index] = chunk.inverse
-        on_chip.running[...] = outgoing(chunks[-1], *between[-1])
+        results.initial[...] = outgoing(chunks[-1], *between[-1])
 
     def back(indices: list[Any]) -> None:
         indices = [call.chunks - 1 - index for index in indices]
@@ -106,7 +105,7 @@ def _through_state(given: Operands, before: Any, results: Gradients, on_chip: On
         d_state = on_chip.state[...]
         for index, chunk in zip(indices, chunks, strict=True):
             rows = call.rows_of(index)
-            write, d_out = on_chip.writes[rows, :], on_chip.out[rows, :].astype(jnp.float32)
+            write, d_out = on_chip.writes[rows, :], results.v[rows, :].astype(jnp.float32)
             d = through_chunk(chunk, on_chip.between[index], write, d_out, d_state, call.scale)
             d_state = d.before
             _out(given, chunk, index, d, results, on_chip, call)
@@ -150,12 +149,11 @@ def _kernel(*refs: Any, call: Call) -> None:
             x[...] = jnp.zeros_like(x)
 
     tokens = prepare(given, on_chip.prepared, call, block == 0, counts.fill[b])
-    for index in range(call.chunks):
-        rows = slice(index * call.chunk, (index + 1) * call.chunk)
-        on_chip.out[rows, :] = unspoilt(upstream.out[rows, :], kept.marks[index]).astype(call.dtype)
+    for index, rows in enumerate(call.chunk_slices):
+        results.v[rows, :] = unspoilt(upstream.out[rows, :], kept.marks[index]).astype(call.dtype)
     through_merge(kept.cache.source[...], sums, call.dtype)
     document = counts.documents[b, block]
-    through_read(tokens, kept.cache, given.sink[h], document, on_chip.out, on_chip.queries, sums, given.gate[h])
+    through_read(tokens, kept.cache, given.sink[h], document, results.v, on_chip.queries, sums, given.gate[h])
     if given.running is not None:
 
         @pl.when(block == 0)
@@ -236,9 +234,8 @@ def _scratch(call: Call) -> OnChip:
     scales = floats(1, call.key_dim), floats(1, call.key_dim)
     prepared = prepared_scratch(call)._replace(scores=None)
     state = call.key_dim, call.value_dim
-    again = floats(*state), floats(call.chunks, *state), floats(*values), floats(call.chunks, call.chunk, call.chunk)
-    out = pltpu.VMEM(values, call.dtype)
-    return OnChip(floats(*state), sums, out, floats(*keys), *scales, prepared, *again)
+    again = floats(call.chunks, *state), floats(*values), floats(call.chunks, call.chunk, call.chunk)
+    return OnChip(floats(*state), sums, floats(*keys), *scales, prepared, *again)
 
 
 def run(call: Call, counts: Counts, given: Operands, kept: Kept, upstream: Upstream) -> Gradients:

@@ -98,8 +98,8 @@ def _through_state(given: Operands, kept: Kept | None, on_chip: OnChip, call: Ca
     if given.scores is not None:
         scores[...] = given.scores[...]
     else:
-        for index in range(call.chunks):
-            scores[:, index * call.chunk : (index + 1) * call.chunk] = on_chip.norms[index]
+        for index, tokens in enumerate(call.chunk_slices):
+            scores[:, tokens] = on_chip.norms[index]
 
 
 def _read_and_merge(counts: Counts, given: Operands, tokens: Tokens, results: Results, on_chip: OnChip) -> None:

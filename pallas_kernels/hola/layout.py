@@ -62,6 +62,11 @@ class Call(NamedTuple):
         """Chunks that are made at once: their inverses wait for each other's products, not for a state."""
         return 2 if self.chunks % 2 == 0 else 1
 
+    @property
+    def chunk_slices(self) -> list[slice]:
+        """The tokens of each chunk in a block."""
+        return [slice(index * self.chunk, (index + 1) * self.chunk) for index in range(self.chunks)]
+
     def rows_of(self, chunk: Any) -> Any:
         """The tokens of one chunk in a block."""
         return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk), self.chunk)

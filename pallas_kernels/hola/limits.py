@@ -18,9 +18,9 @@ def vmem_bytes(call: Call, running: bool) -> int:
     tokens = item * (2 * keys + 3 * values) + by_key * 2 * keys
     earlier = item * (2 * keys + 2 * values) if running else 0
     piped = 2 * (tokens + 3 * 4 * state + 3 * item * call.window * width) + earlier
-    kept = 4 * ((2 + call.chunks) * state + 2 * keys + 2 * values + call.window * width + call.chunks * square)
-    kept += item * (2 * keys + 2 * values)
-    split = 16 * (keys + values) if item == 4 else 0  # exact products take their operands apart
+    kept = 4 * ((1 + call.chunks) * state + 2 * keys + 2 * values + call.window * width + call.chunks * square)
+    kept += item * (2 * keys + values)
+    split = 20 * (keys + values) if item == 4 else 0  # exact products take their operands apart
     made = split + 4 * call.run * (call.chunk * (7 * call.key_dim + 5 * call.value_dim) + 10 * square)
     tables = 4 * 6 * min(call.block, 128) * (call.block + call.window)
     tables += 2 * item * call.window * (call.window + call.block)
