@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 class Piece(NamedTuple):
     """Tokens lined up with the blocks: L is a multiple of C and place 0 begins a block."""
 
-    inputs: Inputs  # zero at places without a token of this piece
+    inputs: Inputs  # zero at places without a token of this piece; NaN only where a fused kernel takes it
     queries: Float[Array, "B L H K"]  # q~ with the read's temperature
     keys: Float[Array, "B L h K"]  # k~ as stored, the running block's in front
     values: Float[Array, "B L H V"]

@@ -17,6 +17,7 @@ from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.delta_rule import Affine, DeltaRuleResult, Magnitude, act
 from hola_jax.memory.exact_cache import magnitude_kind, token_scores
 from hola_jax.memory.kernels import Kernels, divided
+from hola_jax.memory.poison import finite_together
 from hola_jax.memory.scan import axis_scan
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
 from hola_jax.memory.token import run_token
@@ -157,17 +158,16 @@ def in_one(
     config: MemoryConfig,
     state: MemoryState,
     fresh: bool,
-) -> tuple[Float[Array, "B L H V"], Float[Array, "B H L"], Float[Array, "B H K V"], Kept] | None:
-    """(outputs, scores, S after the piece, the cache that it leaves); None where the platform has no kernel for it, or the
-    kernel finds the shape too large for the chip: two kernels take less of it."""
-    if kernels.hola is None:
-        return None
+) -> tuple[Float[Array, "B L H V"], Float[Array, "B H L"], Float[Array, "B H K V"], Kept]:
+    """(outputs, scores, S after the piece, the cache that it leaves), by kernels that have one for all."""
+    assert kernels.hola is not None
     fused, inputs = kernels.hola, piece.inputs
     document = state.document if piece.several else jnp.max(piece.documents, axis=1)
     magnitude = magnitude_kind(config)
     given = None
     if magnitude is None:
-        given = token_scores(config, None, inputs.v, inputs.beta, positions).swapaxes(1, 2)
+        beta = finite_together(inputs.beta, inputs.log_decay)[0][0]
+        given = token_scores(config, None, piece.values, beta, positions).swapaxes(1, 2)
     earlier = None
     if not fresh:
         cache = Cache(state.cache_keys, state.cache_values, state.cache_scores, state.cache_positions, document)
@@ -195,12 +195,9 @@ def in_one(
     held = None if earlier is None else Earlier(ROWS, rows, ROWS, ROWS, ROWS, WHOLE)  # type: ignore[arg-type]
     in_specs = (TOKENS, P("heads"), held, ROWS, WHOLE, WHOLE, WHOLE)
     documents = piece.documents if piece.several else None
-    try:
-        found = divided(call, in_specs, Hola(TOKENS, ROWS, ROWS, rows))(  # type: ignore[arg-type]
-            inputs, _learned(inputs, params, config), earlier, given, documents, positions[:, 0], whole
-        )
-    except NotImplementedError:
-        return None
+    run = divided(call, in_specs, Hola(TOKENS, ROWS, ROWS, rows))  # type: ignore[arg-type]
+    learned = _learned(inputs, params, config)
+    found = run(inputs, learned, earlier, given, documents, positions[:, 0], whole)
     kept = found.cache if piece.several else found.cache._replace(document=document)
     return found.out, found.scores, found.state, Kept(*kept)
 

@@ -56,12 +56,12 @@ def hola_memory(
     inputs = Inputs(q, k, v, beta, log_decay)
     validate.inputs(inputs, cache_params, config, segment_ids, state, sequence_axis)
     cache = {"window": config.window, "block": config.block}
-    work = kernels.work_of(q, k, v, channels=log_decay.ndim == 4, **cache)
-    chosen = kernels.choose(implementation, work, sequence_axis).name
-    if check:
-        validate.values(beta, log_decay, segment_ids, state, config, sequence_axis)
     batch, length = v.shape[:2]
     fresh = state is None
+    work = kernels.work_of(q, k, v, channels=log_decay.ndim == 4, continued=not fresh, **cache)
+    chosen = kernels.choose(implementation, work, sequence_axis)
+    if check:
+        validate.values(beta, log_decay, segment_ids, state, config, sequence_axis)
     if state is None:
         state = init_state(config, batch, v.shape[2], k.shape[3], v.shape[3], v.dtype, key_heads=k.shape[2])
     several = segment_ids is not None
@@ -70,17 +70,20 @@ def hola_memory(
     else:
         documents = segment_ids.astype(jnp.int32)
 
-    if length == 1 and not fresh and sequence_axis is None and chosen != "reference":
-        state = dataclasses.replace(state, config=config.meaning())
-        by_kernel = kernels.token_kernels(chosen, work)
+    state = dataclasses.replace(state, config=config.meaning())
+    if length == 1 and not fresh and sequence_axis is None and chosen.name != "reference":
+        by_kernel = kernels.token_kernels(chosen.name, work)
         one_token = run_token if by_kernel is None else functools.partial(by_kernels.one_token, by_kernel)
         return one_token(inputs, cache_params, config, documents[:, 0], state)
-    others, packed = (v, beta, log_decay), documents if several else None
-    clear = poison.cleared(q, k, others, (state.fast_weights,), packed, state.document, sequence_axis, fresh=fresh)
-    inputs = Inputs(clear.q, clear.k, *clear.others)
-    state = dataclasses.replace(state, fast_weights=clear.states[0], config=config.meaning())
     run = kernels.kernels(chosen)
-    if chosen == "reference":
+    if run is not None and run.hola is not None:  # where NaN stays in its document
+        return run_piece(inputs, cache_params, config, documents, several, state, fresh, None, run)
+    packed = documents if several else None
+    gates, weights = (beta, log_decay), (state.fast_weights,)
+    clear = poison.cleared(q, k, v, gates, weights, packed, state.document, sequence_axis, fresh=fresh)
+    inputs = Inputs(clear.q, clear.k, clear.v, *clear.gates)
+    state = dataclasses.replace(state, fast_weights=clear.states[0])
+    if chosen.name == "reference":
         out, state = hola_reference(*inputs, cache_params, config, documents, state)
     else:
         out, state = run_piece(inputs, cache_params, config, documents, several, state, fresh, sequence_axis, run)

@@ -28,16 +28,26 @@ class Kernels(NamedTuple):
 
     delta_rule: Callable[..., Any]
     cached_read: Callable[..., Any]
-    hola: Callable[..., Any] | None = None  # both in one, where a platform has it
+    hola: Callable[..., Any] | None = None  # both in one, where a platform has it and it takes the work
+    fits: Callable[..., str | None] | None = None  # why that one does not take a work, or None
     step: Callable[..., Any] | None = None  # one token, where a platform has it
     step_refuses: Callable[[Sizes], str] | None = None  # why `step` does not take a shape; empty where it does
+    contained: bool = False  # whether `delta_rule` keeps NaN to its document, as `hola` does; else it must not see any
     interpret: Any = False
 
 
 def _tpu() -> Kernels:
     from pallas_kernels import cache, delta_rule, hola, step
 
-    return Kernels(delta_rule.delta_rule, cache.cached_read, hola.hola, step.step, step.tpu_refuses)
+    return Kernels(
+        delta_rule.delta_rule,
+        cache.cached_read,
+        hola=hola.hola,
+        fits=hola.fits,
+        step=step.step,
+        step_refuses=step.tpu_refuses,
+        contained=True,
+    )
 
 
 def _gpu() -> Kernels:
@@ -46,7 +56,7 @@ def _gpu() -> Kernels:
     from pallas_kernels.delta_rule import gpu as delta_rule
     from pallas_kernels.step import gpu as gpu_step
 
-    return Kernels(delta_rule.delta_rule, cache.cached_read, None, gpu_step.step, step.gpu_refuses)
+    return Kernels(delta_rule.delta_rule, cache.cached_read, step=gpu_step.step, step_refuses=step.gpu_refuses)
 
 
 PLATFORMS: dict[str, Callable[[], Kernels]] = {"tpu": _tpu, "gpu": _gpu}
@@ -60,6 +70,7 @@ class Choice(NamedTuple):
 
     name: Implementation
     why: str
+    fused: bool = False  # whether state, cache and read are one kernel
 
 
 class Work(NamedTuple):
@@ -74,6 +85,7 @@ class Work(NamedTuple):
     channels: bool = False  # whether each key channel has a decay of its own
     window: int | None = None  # None: there is no exact cache
     block: int | None = None
+    continued: bool = False  # whether it begins with an earlier piece's state
 
 
 def work_of(q: Array, k: Array, v: Array, **fields: Any) -> Work:
@@ -82,8 +94,13 @@ def work_of(q: Array, k: Array, v: Array, **fields: Any) -> Work:
     return Work(*sizes, (q.dtype.name, k.dtype.name, v.dtype.name), **fields)
 
 
-def kernels(name: Implementation) -> Kernels | None:
-    """The kernels that a chosen implementation runs by; None where it runs by plain XLA."""
+def kernels(choice: Choice) -> Kernels | None:
+    """The kernels of a choice, the fused one only where it is chosen; None where it is plain XLA."""
+    found = _of(choice.name)
+    return found if found is None or choice.fused else found._replace(hola=None)
+
+
+def _of(name: Implementation) -> Kernels | None:
     if name == "interpret":
         from pallas_kernels.step import tpu_refuses
 
@@ -93,14 +110,14 @@ def kernels(name: Implementation) -> Kernels | None:
 
 def token_kernels(name: Implementation, work: Work) -> Kernels | None:
     """Those by which one token of HOLA's memory runs; None where it runs by plain XLA, which `choose` has told of."""
-    found = kernels(name)
+    found = _of(name)
     return found if found is not None and not _step_refused(name, work) else None
 
 
 @functools.cache
 def _step_refused(name: Implementation, work: Work) -> str:
     """Why one token of HOLA's memory does not run by the chosen kernels; empty where it does, or where there is no cache."""
-    found = kernels(name)
+    found = _of(name)
     if found is None or work.window is None or work.block is None:
         return ""
     if found.step is None or found.step_refuses is None:
@@ -114,6 +131,18 @@ def _with_token(choice: Choice, work: Work) -> Choice:
     """The choice, and what a single token runs by where that is something else."""
     refused = _step_refused(choice.name, work)
     return choice._replace(why=f"{choice.why}; a single token runs by xla: {refused}") if refused else choice
+
+
+def why_apart(name: Implementation, work: Work, sequence_axis: str | None) -> str:
+    """Why a memory with a cache takes two kernels, the state's and the cache's; empty where one does all."""
+    run = _of(name)
+    if run is None or run.fits is None or work.window is None:
+        return "the platform has no other"
+    if sequence_axis is not None:
+        return "what a device finds in the cache depends on the scores of the devices before it"
+    sizes = work.heads, work.key_heads, work.key_dim, work.value_dim, work.dtypes
+    cache = {"window": work.window, "block": work.block, "continued": work.continued}
+    return run.fits(*sizes, **cache, interpret=run.interpret) or ""
 
 
 def choose(
@@ -142,9 +171,10 @@ def choose(
     platform = platform_here() if platform is None else platform
     parts = head_parts() if parts is None else parts
     if asked is None:
-        why_not = _why_not(work, platform, parts, here)
-        found = Choice("xla", why_not) if why_not else Choice(_named(platform), f"{platform} kernels take this shape")
-        found = _with_token(found, work)
+        if why_not := _why_not(work, platform, parts, here):
+            found = Choice("xla", why_not)
+        else:
+            found = _by_kernels(_named(platform), f"{platform} kernels take this shape", work, sequence_axis)
         if here:
             _say_once(found, platform in PLATFORMS)
         return found
@@ -157,7 +187,18 @@ def choose(
         why_not = _refused(platform, work)
     if why_not := why_not or _unfit(work, parts):
         raise NotImplementedError(f"implementation={asked!r}: {why_not}; {ELSEWHERE}")
-    return _with_token(Choice(name, "asked for"), work)
+    found = _by_kernels(name, "asked for", work, sequence_axis)
+    if here:
+        _say_once(found, False)
+    return found
+
+
+def _by_kernels(name: Implementation, why: str, work: Work, sequence_axis: str | None) -> Choice:
+    if work.window is None:
+        return Choice(name, why)
+    apart = why_apart(name, work, sequence_axis)
+    how = f"state and cache in two kernels: {apart}" if apart else "the whole memory in one kernel"
+    return _with_token(Choice(name, f"{why}; {how}", not apart), work)
 
 
 def _named(platform: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def linear_memory(
     validate.segments(segment_ids, batch, length)
     validate.chunks(chunk, scan)
     work = kernels.work_of(q, k, v, delta=beta is not None, channels=log_decay.ndim == 4)
-    chosen = kernels.choose(implementation, work, sequence_axis).name
+    chosen = kernels.choose(implementation, work, sequence_axis)
     fresh = state is None
     if state is None:
         state = init_linear_state(batch, heads, k.shape[3], value_dim)
@@ -82,69 +83,91 @@ def linear_memory(
         validate.segment_values(segment_ids, None if fresh else state.document)
 
     several, documents, document = documents_of(segment_ids, state.document, length)
-    others = (v, log_decay) if beta is None else (v, log_decay, beta)
-    clear = poison.cleared(q, k, others, (state.fast_weights,), several, document, sequence_axis, fresh=fresh)
-    (values, log_decay, *gate), (fast_weights,) = clear.others, clear.states
-    beta = gate[0] if gate else None
     before, last = documents_around(documents, document, sequence_axis)
     one_token = length == 1 and not fresh and sequence_axis is None
-    by_kernel = None if one_token else kernels.kernels(chosen)
-    if by_kernel is not None:
-        assert beta is not None
-        out, _, final = by_kernels.delta_rule(
-            by_kernel,
-            clear.q,
-            clear.k,
-            values,
-            beta,
-            log_decay,
-            scale=scale,
-            normalise=normalise,
-            documents=several,
-            initial=fast_weights,
-            initial_document=before,
-            magnitude=None,
-            out_dtype=v.dtype,
-            sequence_axis=sequence_axis,
-        )
-        out = poison.spoil(out, clear.spoilt)
-        return out, LinearState(poison.spoil(final, clear.spoilt_last), last)
-    q, k = (unit_l2(x) if normalise else x.astype(jnp.float32) for x in (clear.q, clear.k))
-    if chosen == "reference":
-        out, final = linear_reference(q, k, values, beta, log_decay, scale, documents, fast_weights, before)
-    elif one_token:
-        out, final = _token(q, k, values, beta, log_decay, scale, documents[:, 0], fast_weights, before)
-    elif beta is None:
-        out, final = gated_linear_attention(
-            q,
-            k,
-            values,
-            log_decay,
-            scale=scale,
-            chunk=chunk,
-            strategy=choose_scan(scan),
-            documents=several,
-            initial=fast_weights,
-            initial_document=before,
-            sequence_axis=sequence_axis,
-        )
+    run = None if one_token else kernels.kernels(chosen)
+    rule = Rule(scale, normalise, chunk, scan, several, documents, before, sequence_axis)
+    if run is not None and run.contained and sequence_axis is None:
+        out, final = _by_kernels(run, q, k, v, beta, log_decay, state.fast_weights, rule)
+        return out, LinearState(final, last)
+    gates, weights = (log_decay,) if beta is None else (log_decay, beta), (state.fast_weights,)
+    clear = poison.cleared(q, k, v, gates, weights, several, document, sequence_axis, fresh=fresh)
+    tokens = clear.q, clear.k, clear.v, clear.gates[1] if len(gates) == 2 else None, clear.gates[0]
+    if run is not None:
+        out, final = _by_kernels(run, *tokens, clear.states[0], rule)
     else:
-        out, _, final = delta_rule(
-            q,
-            k,
-            values,
-            beta,
-            log_decay,
-            scale=scale,
-            chunk=chunk,
-            scan=scan,
-            documents=several,
-            initial=fast_weights,
-            initial_document=before,
-            sequence_axis=sequence_axis,
-        )
+        out, final = _by_xla(*tokens, clear.states[0], rule, token_by_token=chosen.name == "reference", one=one_token)
     out = poison.spoil(out, clear.spoilt).astype(v.dtype)
     return out, LinearState(poison.spoil(final, clear.spoilt_last), last)
+
+
+class Rule(NamedTuple):
+    """What a call is told beside its tokens and the state."""
+
+    scale: float
+    normalise: bool
+    chunk: int
+    scan: Scan
+    several: Int[Array, "B T"] | None  # the document of each token where they may differ
+    documents: Int[Array, "B T"]
+    before: Int32[Array, " B"]  # the document of the state that the first token finds
+    sequence_axis: str | None
+
+
+def _by_kernels(
+    run: kernels.Kernels, q: Array, k: Array, v: Array, beta: Array | None, log_decay: Array, state: Array, rule: Rule
+) -> tuple[Array, Array]:
+    """(outputs, the state after them)."""
+    assert beta is not None
+    found = by_kernels.delta_rule(
+        run,
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        scale=rule.scale,
+        normalise=rule.normalise,
+        documents=rule.several,
+        initial=state,
+        initial_document=rule.before,
+        magnitude=None,
+        out_dtype=v.dtype,
+        sequence_axis=rule.sequence_axis,
+    )
+    return found.out, found.final
+
+
+def _by_xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    log_decay: Array,
+    state: Array,
+    rule: Rule,
+    *,
+    token_by_token: bool,
+    one: bool,
+) -> tuple[Array, Array]:
+    """(outputs, the state after them): by the specification, as `one` token that continues, or over chunks."""
+    q, k = (unit_l2(x) if rule.normalise else x.astype(jnp.float32) for x in (q, k))
+    if token_by_token:
+        return linear_reference(q, k, v, beta, log_decay, rule.scale, rule.documents, state, rule.before)
+    if one:
+        return _token(q, k, v, beta, log_decay, rule.scale, rule.documents[:, 0], state, rule.before)
+    given: dict[str, Any] = {
+        "scale": rule.scale,
+        "chunk": rule.chunk,
+        "documents": rule.several,
+        "initial": state,
+        "initial_document": rule.before,
+        "sequence_axis": rule.sequence_axis,
+    }
+    if beta is None:
+        return gated_linear_attention(q, k, v, log_decay, strategy=choose_scan(rule.scan), **given)
+    found = delta_rule(q, k, v, beta, log_decay, scan=rule.scan, **given)
+    return found.out, found.final
 
 
 def _token(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int32
-from hola_jax.memory import by_kernels, by_xla
+from hola_jax.memory import by_kernels, by_xla, poison
 from hola_jax.memory.align import Inputs, Piece, align, to_places, to_tokens
 from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.devices import cache_before_device, counters_before_device, last_device_with_tokens
@@ -36,20 +36,20 @@ def run_piece(
     axis: str | None,
     kernels: Kernels | None = None,
 ) -> tuple[Array, MemoryState]:
-    """Any number of tokens at once; by plain XLA where no kernels are given."""
+    """Any number of tokens at once; by plain XLA where no kernels are given. NaN may come to a fused kernel alone."""
     length = documents.shape[1]
     fill = state.position % config.block
     if axis is not None or (fresh and not several):  # the tokens stand at their places already
         tail = -length % config.block
         padded = Inputs(*(jnp.pad(x, [(0, 0), (0, tail)] + [(0, 0)] * (x.ndim - 2)) for x in inputs))
         documents = jnp.pad(documents, [(0, 0), (0, tail)])
-        piece = _line_up(padded, documents, several or not fresh, params, state, config, fill)
+        piece = _line_up(padded, documents, several or not fresh, params, state, config, fill, kernels)
         out, state = _phases(piece, params, config, state, fresh, axis, kernels)
         return out[:, :length], state
     alignment = align(documents, fill, config.block, may_be_filled=not fresh)
     moved = Inputs(*(to_places(x, alignment) for x in inputs))
     places = to_places(documents[..., None], alignment)[..., 0]
-    piece = _line_up(moved, places, True, params, state, config, fill)
+    piece = _line_up(moved, places, True, params, state, config, fill, kernels)
     out, state = _phases(piece, params, config, state, fresh, None, kernels)
     return to_tokens(out, alignment), state
 
@@ -62,11 +62,14 @@ def _line_up(
     state: MemoryState,
     config: MemoryConfig,
     fill: Array,
+    kernels: Kernels | None,
 ) -> Piece:
     """A piece whose tokens already stand at their places, behind `fill` places of the running block."""
-    length = documents.shape[1]
-    queries, keys = for_reading(inputs.q, inputs.k, inputs.v.shape[2], params, config)
-    values, own = inputs.v, documents
+    length, (q, k, values, *_) = documents.shape[1], inputs
+    if kernels is not None and kernels.hola is not None:  # which takes NaN; the running block must not keep it
+        q, k, values = (poison.finite_together(x)[0][0] for x in (q, k, values))
+    queries, keys = for_reading(q, k, values.shape[2], params, config)
+    own = documents
     if several:
         place = jnp.arange(length, dtype=jnp.int32)
         occupied = place < fill[:, None]
@@ -98,13 +101,11 @@ def _phases(
         before_device = counters_before_device(piece.own, count, state, axis)
         start = before_device.position
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-    if kernels is not None and axis is None:
+    if kernels is not None and kernels.hola is not None:
         whole = (state.position + count - start) // block
-        fused = by_kernels.in_one(kernels, piece, positions, whole, params, config, state, fresh)
-        if fused is not None:
-            out, scores, weights, kept = fused
-            after = _state_after(piece, scores, positions, kept, whole, count, config, state)
-            return out, dataclasses.replace(after, fast_weights=weights)
+        out, scores, weights, kept = by_kernels.in_one(kernels, piece, positions, whole, params, config, state, fresh)
+        after = _state_after(piece, scores, positions, kept, whole, count, config, state)
+        return out, dataclasses.replace(after, fast_weights=weights)
     initial = None if fresh and axis is None else state.fast_weights
     state_path = by_xla.state_path if kernels is None else partial(by_kernels.state_path, kernels)
     state_out = state_path(piece, config, initial, before_device.document, axis)

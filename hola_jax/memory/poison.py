@@ -1,7 +1,8 @@
 """NaN and inf in the input: they reach the outputs of their own document from their token on, and nothing else.
 
 Inside a chunk all tokens share matrix products, where 0 * NaN would spread through every mask. So the arithmetic runs on
-inputs without them, and what they would have spoilt is marked afterwards. A spoilt state is one that holds NaN.
+inputs without them, and what they would have spoilt is marked afterwards. A spoilt state is one that holds NaN. A TPU's
+kernels do the same on the chip, where it costs no memory (pallas_kernels/delta_rule/chunk.py).
 """
 
 from __future__ import annotations
@@ -49,12 +50,21 @@ def spoil(x: Array, spoilt: Bool[Array, "..."]) -> Array:
     return jnp.where(spoilt.reshape(*spoilt.shape, *[1] * (x.ndim - spoilt.ndim)), jnp.nan, x)
 
 
+def finite_together(*arrays: Float[Array, "B T H ..."]) -> tuple[tuple[Array, ...], Bool[Array, "B T H"]]:
+    """The arrays with zeros for the tokens and heads where any of them is not finite, and which those are."""
+    bad = not_finite(arrays[0])
+    for x in arrays[1:]:
+        bad = bad | not_finite(x)
+    return tuple(cleaned(x, bad) for x in arrays), bad
+
+
 class Cleared(NamedTuple):
     """Tokens and states without NaN and inf, and what those would have spoilt."""
 
     q: Float[Array, "B T h K"]
     k: Float[Array, "B T h K"]
-    others: tuple[Array, ...]
+    v: Float[Array, "B T H V"]
+    gates: tuple[Array, ...]
     states: tuple[Array, ...]
     spoilt: Bool[Array, "B T H"]  # outputs that are NaN
     spoilt_last: Bool[Array, "B H"]  # whether the states after the last token are
@@ -63,7 +73,8 @@ class Cleared(NamedTuple):
 def cleared(
     q: Float[Array, "B T h K"],
     k: Float[Array, "B T h K"],
-    others: tuple[Array, ...],
+    v: Float[Array, "B T H V"],
+    gates: tuple[Array, ...],
     states: tuple[Float[Array, "B H ..."], ...],
     documents: Int[Array, "B T"] | None,
     document: Int[Array, " B"],
@@ -71,13 +82,14 @@ def cleared(
     *,
     fresh: bool,
 ) -> Cleared:
-    """A query spoils its own output; a key and the `others` ([B, T, H, ...]: values, gates) spoil what comes after, too.
+    """A query spoils its own output; a key, a value and `gates` ([B, T, H, ...]) spoil what comes after, too.
 
     `documents` is None where all tokens belong to one document, that of `states`; `document` is the states' own. `fresh`
     states are empty: nobody looks for NaN in them, which compilers would do once for every number of the constant.
     """
-    bad = jnp.stack([not_finite(x) for x in others]).any(0)
-    bad_key, bad_query = not_finite(k), not_finite(q)
+    ((q,), bad_query), ((k,), bad_key), ((v,), bad_value) = (finite_together(x) for x in (q, k, v))
+    gates, bad_gates = finite_together(*gates)
+    bad = bad_value | bad_gates
     group = bad.shape[2] // k.shape[2]
     written = bad | jnp.repeat(bad_key, group, axis=2)
     if documents is not None:
@@ -92,9 +104,10 @@ def cleared(
         last = spoilt[:, -1]
     asked = spoilt | jnp.repeat(bad_query, group, axis=2)
     return Cleared(
-        q=cleaned(q, bad_query),
-        k=cleaned(k, bad_key),
-        others=tuple(cleaned(x, bad) for x in others),
+        q=q,
+        k=k,
+        v=v,
+        gates=gates,
         states=states if fresh else tuple(jnp.where(jnp.isfinite(x), x, 0.0) for x in states),
         spoilt=asked if documents is None else asked & (documents > 0)[..., None],
         spoilt_last=last,

@@ -82,10 +82,10 @@ def slot_memory(
 
     several, documents, document = documents_of(segment_ids, state.document, length)
     given = (state.keys, state.values)
-    clear = poison.cleared(q, k, (v, log_forget), given, several, document, sequence_axis, fresh=fresh)
+    clear = poison.cleared(q, k, v, (log_forget,), given, several, document, sequence_axis, fresh=fresh)
     before, last = documents_around(documents, document, sequence_axis)
-    (values, log_forget), (slot_keys, slot_values) = clear.others, clear.states
-    q, k, states = clear.q, clear.k, (slot_keys, slot_values)
+    (log_forget,), (slot_keys, slot_values) = clear.gates, clear.states
+    q, k, values, states = clear.q, clear.k, clear.v, (slot_keys, slot_values)
     if chosen == "reference":
         out, states = slot_reference(q, k, values, log_forget, documents, states, before)
     elif length == 1 and not fresh and sequence_axis is None:

@@ -15,13 +15,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_rule import layout
-from pallas_kernels.delta_rule.chunk import RUN, Chunk, norm_factor, outgoing, places, product, to_row
+from pallas_kernels.delta_rule.chunk import (
+    RUN,
+    SPOILT,
+    Chunk,
+    mark_behind,
+    norm_factor,
+    outgoing,
+    places,
+    product,
+    to_column,
+    to_row,
+)
 from pallas_kernels.delta_rule.forward import cost
 from pallas_kernels.delta_rule.layout import Call, Operands, Part
 
 
 class Upstream(NamedTuple):
     before: Part  # [B, H, n / RUN, K, V]: the state before each grid step
+    marks: Part  # [B, H, n, 1, c]: which outputs are NaN, whatever they were made of
     out: Part  # [B, T, H * V]: the gradient of the outputs
     final: Part  # [B, H, K, V]: ... and of the final state
 
@@ -140,8 +152,14 @@ def _keys(chunk: Chunk, inner: Inner, scale: float) -> tuple[jax.Array, jax.Arra
 
 
 def through_norm(raw: jax.Array, unit: jax.Array, gradient: jax.Array) -> jax.Array:
+    """By the float32 rows of which `unit` was made."""
     along = _rows_sum(unit * gradient)
-    return norm_factor(raw.astype(jnp.float32)) * (gradient - unit * along)
+    return norm_factor(raw) * (gradient - unit * along)
+
+
+def unspoilt(gradient: jax.Array, marks: jax.Array) -> jax.Array:
+    """The gradient of outputs, without those that are NaN. `marks` is a row."""
+    return jnp.where(to_column(marks) > 0.0, 0.0, gradient.astype(jnp.float32))
 
 
 def _kernel(given: Operands, upstream: Upstream, results: Gradients, carried: Any, *, call: Call) -> None:
@@ -149,21 +167,23 @@ def _kernel(given: Operands, upstream: Upstream, results: Gradients, carried: An
 
     @pl.when(at == 0)
     def _() -> None:
-        carried[...] = upstream.final[...]
+        mark = mark_behind(to_column(upstream.marks[RUN - 1]))
+        carried[...] = jnp.where(mark == SPOILT, 0.0, upstream.final[...])
 
     chunks, d_state = layout.load_run(given, call), carried[...]
     between = made_again(chunks, upstream.before[...])
     for index in reversed(range(RUN)):
         rows, chunk = layout.rows_of(index), chunks[index]
-        d = through_chunk(chunk, *between[index], upstream.out[rows, :].astype(jnp.float32), d_state, call.scale)
+        d_out = unspoilt(upstream.out[rows, :], upstream.marks[index])
+        d = through_chunk(chunk, *between[index], d_out, d_state, call.scale)
         d_q, d_k, d_state = d.q, d.k, d.before
         if call.normalise:
-            d_q = through_norm(given.q[rows, :], chunk.q, d_q)
-            d_k = through_norm(given.k[rows, :], chunk.k, d_k)
-        results.q[rows, :] = d_q.astype(results.q.dtype)
-        results.k[rows, :] = d_k.astype(results.k.dtype)
-        results.v[rows, :] = d.v.astype(results.v.dtype)
-        results.gates[index, 0:1, :], results.gates[index, 1:2, :] = d.beta, d.log_decay
+            d_q = through_norm(given.q[rows, :].astype(jnp.float32), chunk.q, d_q)
+            d_k = through_norm(given.k[rows, :].astype(jnp.float32), chunk.k, d_k)
+        for result, gradient, finite in zip(results, (d_q, d_k, d.v), chunk.finite, strict=False):
+            result[rows, :] = jnp.where(finite, gradient, 0.0).astype(result.dtype)
+        results.gates[index, 0:1, :] = d.beta
+        results.gates[index, 1:2, :] = jnp.where(chunk.finite.gates, d.log_decay, 0.0)
     carried[...] = d_state
 
     @pl.when(at == call.steps - 1)
@@ -171,7 +191,7 @@ def _kernel(given: Operands, upstream: Upstream, results: Gradients, carried: An
         results.initial[...] = d_state
 
 
-def run(call: Call, operands: Operands, before: jax.Array, d_out: jax.Array, d_final: jax.Array) -> Operands:
+def run(call: Call, operands: Operands, upstream: Upstream) -> Operands:
     """The gradient of every operand, documents aside."""
     shared = call.heads != call.key_heads
     wide = (call.batch, call.length, call.heads * call.key_dim)
@@ -185,13 +205,14 @@ def run(call: Call, operands: Operands, before: jax.Array, d_out: jax.Array, d_f
     )
     key_blocks, value_blocks = (layout.tokens_spec(call, x, reverse=True) for x in (call.key_dim, call.value_dim))
     state = layout.state_spec(call)
-    upstream = Upstream(before, d_out, d_final)
     gradients = pl.pallas_call(
         functools.partial(_kernel, call=call),
         grid=call.grid,
         in_specs=(
             layout.specs(call, operands.documents is not None, reverse=True),
-            Upstream(layout.states_spec(call, reverse=True), value_blocks, state),
+            Upstream(
+                layout.states_spec(call, reverse=True), layout.rows_spec(call, 1, reverse=True), value_blocks, state
+            ),
         ),
         out_specs=(Gradients(key_blocks, key_blocks, value_blocks, layout.rows_spec(call, 2, reverse=True), state),),
         out_shape=(shapes,),
@@ -202,7 +223,8 @@ def run(call: Call, operands: Operands, before: jax.Array, d_out: jax.Array, d_f
         name="delta_rule_backward",
     )(operands, upstream)[0]
     d_q, d_k = (_sum_group(call, x, y.dtype) for x, y in ((gradients.q, operands.q), (gradients.k, operands.k)))
-    return Operands(d_q, d_k, gradients.v, gradients.gates, gradients.initial, None)
+    d_initial = jnp.where(jnp.isfinite(operands.initial), gradients.initial, 0.0)
+    return Operands(d_q, d_k, gradients.v, gradients.gates, d_initial, None)
 
 
 def _sum_group(call: Call, x: jax.Array, dtype: Any) -> jax.Array:

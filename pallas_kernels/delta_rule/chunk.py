@@ -1,5 +1,9 @@
 """What both kernels make of one chunk of tokens: decays, pair products and the chunk's inverse.
 
+NaN and inf reach the outputs of their own document from their token on, and nothing else. Tokens of a chunk share matrix
+products, where 0 * NaN would spread through every mask: so the arithmetic sees zeros in their place, `spoilt` tells what
+they would have reached, and that is overwritten. A spoilt state is one that holds NaN.
+
 Letters: c tokens of a chunk, K and V the key and value width. Numbers that belong to tokens come as rows [1, c], which
 memory holds without waste, and are turned to columns [c, 1] by a masked sum, exactly and without a transposition. Running
 sums are masked sums as well: Mosaic has no cumsum. All is float32.
@@ -17,6 +21,7 @@ CHUNK = 64
 RUN = 2  # chunks of a grid step: their inverses wait for each other's matrix products, not for a state
 STRONGEST = -104.0  # exp of it is 0 in float32, so stronger decays are as strong
 GRID = 2.0**-9  # sums of CHUNK multiples of it down to STRONGEST are exact in float32
+SPOILT = 2.0  # the mark of what NaN or inf has reached
 EPSILON = 1e-6  # beside the squared norm of a key or query
 
 
@@ -29,6 +34,15 @@ class Decays(NamedTuple):
     entering: jax.Array  # [c, 1] what is left of the incoming state at a token
     leaving: jax.Array  # [c, 1] what is left of a token's write in the outgoing state
     keep: jax.Array  # [1, 1] what is left of the incoming state in the outgoing one
+
+
+class Finite(NamedTuple):
+    """Which tokens of a chunk hold no NaN and no inf."""
+
+    q: jax.Array  # [c, 1]
+    k: jax.Array  # [c, 1]
+    v: jax.Array  # [c, 1]
+    gates: jax.Array  # [1, c]
 
 
 class Chunk(NamedTuple):
@@ -45,6 +59,7 @@ class Chunk(NamedTuple):
     reader: jax.Array  # [c, K] scale exp(G) q: reads the incoming state
     predictor: jax.Array  # [c, K] beta exp(G) k: what the incoming state says of the values
     leaver: jax.Array  # [c, K] exp(G_c - G) k: writes the outgoing state
+    finite: Finite
 
 
 def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -68,6 +83,18 @@ def to_row(column: jax.Array) -> jax.Array:
     """[c, 1] as [1, c], bit by bit."""
     i, j = places(column.shape[0])
     return jnp.sum(jnp.where(i == j, column, jnp.zeros_like(column)), axis=0, keepdims=True)
+
+
+def finite_rows(x: jax.Array) -> jax.Array:
+    """[c, 1]: whether all of a row is finite. 0 * x is NaN just where x is not, and a sum keeps it."""
+    return jnp.sum(0.0 * x, axis=1, keepdims=True) == 0.0
+
+
+def without_spoilt(state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A state with zeros for what is not finite, and its mark for `spoilt`, [1, 1]."""
+    finite = 0.0 * state == 0.0
+    mark = jnp.max(jnp.where(finite, 0.0, SPOILT), axis=1, keepdims=True)
+    return jnp.where(finite, state, 0.0), jnp.max(mark, axis=0, keepdims=True)
 
 
 def decays(log_decay: jax.Array, documents: jax.Array | None) -> Decays:
@@ -131,12 +158,13 @@ def load(
     normalise: bool,
     inverse: jax.Array | None = None,
 ) -> Chunk:
-    """The matrices of one chunk; `gates` holds the row of beta and that of the log decays. An `inverse` that is known
-    is not made again."""
+    """The matrices of one chunk; `gates` as `layout.gate_rows` makes them. An `inverse` that is known is not made again."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    finite = Finite(finite_rows(q), finite_rows(k), finite_rows(v), 0.0 * gates[1:2] == 0.0)
+    q, k, v = (jnp.where(fine, x, 0.0) for fine, x in zip(finite[:3], (q, k, v), strict=True))
     if normalise:
         q, k = q * norm_factor(q), k * norm_factor(k)
-    beta, decay = to_column(gates[0:1]), decays(gates[1:2], documents)
+    beta, decay = to_column(gates[0:1]), decays(jnp.where(finite.gates, gates[1:2], 0.0), documents)
     attend = product(q, k, (1, 1)) * (decay.pairs * scale)
     lower = product(k, k, (1, 1)) * decay.strict * beta
     return Chunk(
@@ -151,6 +179,7 @@ def load(
         reader=q * (scale * decay.entering),
         predictor=k * (beta * decay.entering),
         leaver=k * decay.leaving,
+        finite=finite,
     )
 
 
@@ -165,6 +194,31 @@ def answer(chunk: Chunk, before: jax.Array) -> tuple[jax.Array, jax.Array]:
 def outgoing(chunk: Chunk, before: jax.Array, write: jax.Array) -> jax.Array:
     """The state behind the chunk, from the one before it and the committed residuals."""
     return chunk.decay.keep * before + product(chunk.leaver, write, (0, 0))
+
+
+def spoilt(chunk: Chunk, documents: jax.Array | None, before: jax.Array) -> jax.Array:
+    """[c, 1]: `SPOILT` where a token, or one of its document before it, wrote what is not finite; 1 where its query alone
+    is not; else 0. Padding counts to the token before it. `before` [1, 1] is the mark of the state that the chunk finds."""
+    finite = chunk.finite
+    written = to_row(jnp.where(finite.k, jnp.where(finite.v, 0.0, SPOILT), SPOILT))
+    written = jnp.where(finite.gates, written, SPOILT)
+    if documents is not None:
+        written = jnp.where(documents[0:1] > 0, written, 0.0)
+        before = jnp.where(to_column(documents[1:2]) == to_column(documents[2:3]), before, 0.0)
+    here = jnp.max(jnp.where(chunk.decay.run, written, 0.0), axis=1, keepdims=True)
+    return jnp.maximum(jnp.maximum(here, before), jnp.where(finite.q, 0.0, 1.0))
+
+
+def mark_behind(marks: jax.Array) -> jax.Array:
+    """The mark [1, 1] of the state behind a chunk whose tokens have `marks` [c, 1]."""
+    return jnp.where(marks[marks.shape[0] - 1 :, :] == SPOILT, SPOILT, 0.0)
+
+
+def marked(out: jax.Array, marks: jax.Array, documents: jax.Array | None) -> jax.Array:
+    """Outputs with NaN where they are spoilt; those of padding stay 0."""
+    if documents is not None:
+        marks = jnp.where(to_column(documents[0:1]) > 0, marks, 0.0)
+    return jnp.where(marks > 0.0, jnp.nan, out)
 
 
 def norms(write: jax.Array) -> jax.Array:

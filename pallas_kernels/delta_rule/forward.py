@@ -11,7 +11,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_rule import layout
-from pallas_kernels.delta_rule.chunk import CHUNK, answer, norms, outgoing
+from pallas_kernels.delta_rule.chunk import (
+    CHUNK,
+    SPOILT,
+    answer,
+    mark_behind,
+    marked,
+    norms,
+    outgoing,
+    spoilt,
+    to_row,
+    without_spoilt,
+)
 from pallas_kernels.delta_rule.layout import Call, Operands, Part
 
 
@@ -22,28 +33,39 @@ class Results(NamedTuple):
     norms: Part  # [B, H, n, 1, c]: the norm of each committed residual beta e
     final: Part  # [B, H, K, V]
     before: Part  # [B, H, n / RUN, K, V]: the state before each grid step, or None
+    marks: Part  # [B, H, n, 1, c]: see `chunk.spoilt`; or None
 
 
-def _kernel(given: Operands, results: Results, state: Any, *, call: Call) -> None:
+class Carried(NamedTuple):
+    """What goes from chunk to chunk on the chip."""
+
+    state: Any  # [K, V]
+    mark: Any  # [1, 1]: whether the state is spoilt
+
+
+def _kernel(given: Operands, results: Results, carried: Carried, *, call: Call) -> None:
     at = pl.program_id(2)
 
     @pl.when(at == 0)
     def _() -> None:
-        state[...] = given.initial[...]
+        carried.state[...], carried.mark[...] = without_spoilt(given.initial[...])
 
-    before = state[...]
+    before, mark = carried.state[...], carried.mark[...]
     if results.before is not None:
         results.before[...] = before
     for index, chunk in enumerate(layout.load_run(given, call)):
-        out, write = answer(chunk, before)
-        results.out[layout.rows_of(index), :] = out.astype(call.out_dtype)
+        documents, (out, write) = layout.documents_of(given, index), answer(chunk, before)
+        marks = spoilt(chunk, documents, mark)
+        results.out[layout.rows_of(index), :] = marked(out, marks, documents).astype(call.out_dtype)
         results.norms[index] = norms(write)
-        before = outgoing(chunk, before, write)
-    state[...] = before
+        if results.marks is not None:
+            results.marks[index] = to_row(marks)
+        before, mark = outgoing(chunk, before, write), mark_behind(marks)
+    carried.state[...], carried.mark[...] = before, mark
 
     @pl.when(at == call.steps - 1)
     def _() -> None:
-        results.final[...] = before
+        results.final[...] = jnp.where(mark == SPOILT, jnp.nan, before)
 
 
 def cost(call: Call, matmuls: int, operands: Any) -> pl.CostEstimate:
@@ -55,7 +77,7 @@ def cost(call: Call, matmuls: int, operands: Any) -> pl.CostEstimate:
 
 
 def run(call: Call, operands: Operands, save: bool) -> Results:
-    """All chunks of all heads; `save` keeps the state before each grid step, float32, for the backward pass."""
+    """All chunks of all heads; `save` keeps for the backward pass the marks and, in float32, the state before each step."""
     rows = (call.batch, call.heads, call.chunks, 1, CHUNK)
     before = (call.batch, call.heads, call.steps, call.key_dim, call.value_dim)
     shapes = Results(
@@ -63,12 +85,14 @@ def run(call: Call, operands: Operands, save: bool) -> Results:
         norms=jax.ShapeDtypeStruct(rows, jnp.float32),
         final=jax.ShapeDtypeStruct(call.state_shape, jnp.float32),
         before=jax.ShapeDtypeStruct(before, jnp.float32) if save else None,
+        marks=jax.ShapeDtypeStruct(rows, jnp.float32) if save else None,
     )
     blocks = Results(
         out=layout.tokens_spec(call, call.value_dim, reverse=False),
         norms=layout.rows_spec(call, 1, reverse=False),
         final=layout.state_spec(call),
         before=layout.states_spec(call, reverse=False) if save else None,
+        marks=layout.rows_spec(call, 1, reverse=False) if save else None,
     )
     return pl.pallas_call(
         functools.partial(_kernel, call=call),
@@ -76,7 +100,7 @@ def run(call: Call, operands: Operands, save: bool) -> Results:
         in_specs=(layout.specs(call, operands.documents is not None, reverse=False),),
         out_specs=(blocks,),
         out_shape=(shapes,),
-        scratch_shapes=[pltpu.VMEM((call.key_dim, call.value_dim), jnp.float32)],
+        scratch_shapes=[Carried(*(pltpu.VMEM(size, jnp.float32) for size in (call.state_shape[2:], (1, 1))))],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=cost(call, 3, (operands, shapes)),
         interpret=call.interpret,

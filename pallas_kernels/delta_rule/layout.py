@@ -78,10 +78,18 @@ def from_lanes(x: jax.Array, length: int, heads: int, width: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, -1)[:, :length, :, :width]
 
 
+def finite_gates(beta: jax.Array, log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gates in float32, where either is NaN or infinite a beta of 0 and a log decay of NaN."""
+    beta, log_decay = beta.astype(jnp.float32), log_decay.astype(jnp.float32)
+    finite = jnp.isfinite(beta) & jnp.isfinite(log_decay)
+    return jnp.where(finite, beta, 0.0), jnp.where(finite, log_decay, jnp.nan)
+
+
 def gate_rows(beta: jax.Array, log_decay: jax.Array, tail: int, chunk: int = CHUNK) -> jax.Array:
-    """[B, H, n, 2, c] from two of [B, T, H]; tokens of the tail write nothing and decay nothing."""
+    """[B, H, n, 2, c] from two of [B, T, H]; tokens of the tail write nothing and decay nothing. From `finite_gates`: a log
+    decay that is NaN marks a token."""
     batch, length, heads = beta.shape
-    both = jnp.stack([beta.astype(jnp.float32), jnp.maximum(log_decay.astype(jnp.float32), STRONGEST)])
+    both = jnp.stack([beta, jnp.maximum(log_decay, STRONGEST)])
     both = jnp.pad(both, [(0, 0), (0, 0), (0, tail), (0, 0)])
     both = both.reshape(2, batch, (length + tail) // chunk, chunk, heads)
     return both.transpose(1, 4, 2, 0, 3)
@@ -149,12 +157,16 @@ def rows_of(index: int) -> slice:
     return slice(index * CHUNK, (index + 1) * CHUNK)
 
 
+def documents_of(given: Operands, index: int) -> Any:
+    """The rows of one chunk, or None."""
+    return None if given.documents is None else given.documents[index]
+
+
 def load_run(given: Operands, call: Call) -> list[Chunk]:
     """The matrices of each chunk of a grid step."""
 
     def one(index: int) -> Chunk:
         q, k, v = (ref[rows_of(index), :] for ref in (given.q, given.k, given.v))
-        documents = None if given.documents is None else given.documents[index]
-        return load(q, k, v, given.gates[index], documents, call.scale, call.normalise)
+        return load(q, k, v, given.gates[index], documents_of(given, index), call.scale, call.normalise)
 
     return [one(index) for index in range(RUN)]

@@ -45,12 +45,14 @@ def delta_rule(
     `normalise` divides them by sqrt(|x|^2 + 1e-6) in float32 on the chip. `documents` [B, T] gives each token's id, 0
     for padding, not decreasing along a row; the state starts anew with each. A state given as `initial` [B, H, K, V]
     belongs to `initial_document` [B] (0: to none). `out_dtype` is v's where not given;
-    `interpret` is True, or pltpu.InterpretParams, where there is no TPU.
+    `interpret` is True, or pltpu.InterpretParams, where there is no TPU. NaN and inf in a token, or in `initial`, make
+    NaN of what follows in their document, the final state too where it is that document's, and touch nothing else.
     """
     _refuse(q, k, v, log_decay, interpret)
     refuse_shapes(q, k, v, beta, log_decay, documents, initial, initial_document, magnitude)
     batch, length, heads, value_dim = v.shape
     key_heads, key_dim = k.shape[2:]
+    beta, log_decay = layout.finite_gates(beta, log_decay)
     if magnitude == "residual":
         beta = jnp.maximum(beta, 1e-30)  # e = write / beta needs a write: one too small to be seen in S
     if documents is not None:
@@ -94,17 +96,18 @@ def _apply(call: Call, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Ar
 
 def _apply_forward(
     call: Call, operands: Operands
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[Operands, jax.Array]]:
-    """Kept for the backward pass: the operands and the state before each grid step; all else is made again."""
-    out, norms, final, before = forward.run(call, operands, save=True)
-    return (out, norms, final), (operands, before)
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[Operands, jax.Array, jax.Array]]:
+    """Kept for the backward pass: the operands, the state before each grid step and which outputs are NaN; all else is
+    made again."""
+    out, norms, final, before, marks = forward.run(call, operands, save=True)
+    return (out, norms, final), (operands, before, marks)
 
 
 def _apply_backward(
-    call: Call, saved: tuple[Operands, jax.Array], cotangents: tuple[jax.Array, jax.Array, jax.Array]
+    call: Call, saved: tuple[Operands, jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[Operands]:
-    d_out, _, d_final = cotangents
-    return (backward.run(call, *saved, d_out, d_final),)
+    (operands, before, marks), (d_out, _, d_final) = saved, cotangents
+    return (backward.run(call, operands, backward.Upstream(before, marks, d_out, d_final)),)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache.backward import Sums, through_merge, through_read
-from pallas_kernels.delta_rule.backward import ChunkGradient, made_again, through_chunk, through_norm
-from pallas_kernels.delta_rule.chunk import Chunk, outgoing
+from pallas_kernels.delta_rule.backward import ChunkGradient, made_again, through_chunk, through_norm, unspoilt
+from pallas_kernels.delta_rule.chunk import SPOILT, Chunk, mark_behind, outgoing, to_column
 from pallas_kernels.hola.forward import Kept, kept_specs, prepared_scratch
 from pallas_kernels.hola.layout import (
     Call,
@@ -72,7 +72,6 @@ class OnChip(NamedTuple):
     query_scale: Any  # [1, K]
     key_scale: Any  # [1, K]
     prepared: Prepared
-    running: Any  # [K, V]: the state, forward again
     between: Any  # [m, K, V]: the state before each chunk
     writes: Any  # [C, V]
     inverses: Any  # [m, c, c]
@@ -86,18 +85,19 @@ def _through_read_norm(raw: Array, scale: Array, d_ready: Array, share: float) -
     return factor * (d_unit - unit * along), jnp.sum(d_ready * unit, axis=0, keepdims=True)
 
 
-def _through_state(given: Operands, before: Any, d_out: Any, results: Gradients, on_chip: OnChip, call: Call) -> None:
+def _through_state(given: Operands, before: Any, results: Gradients, on_chip: OnChip, call: Call) -> None:
     """Back through the chunks, and out: the read's gradients are there already. First forward again, for the states
-    between the chunks; of a chunk's matrices the inverse waits, the rest is made twice."""
-    on_chip.running[...] = before[...]
+    between the chunks; of a chunk's matrices the inverse waits, the rest is made twice. Two results hold other numbers
+    until their own come: `v` the gradient by the outputs, `initial` the state on its way forward."""
+    results.initial[...] = before[...]
 
     def again(indices: list[Any]) -> None:
         chunks = [load_chunk(given, call, index) for index in indices]
-        between = made_again(chunks, on_chip.running[...])
+        between = made_again(chunks, results.initial[...])
         for index, chunk, (found, write) in zip(indices, chunks, between, strict=True):
             on_chip.between[index], on_chip.writes[call.rows_of(index), :] = found, write
             on_chip.inverses[index] = chunk.inverse
-        on_chip.running[...] = outgoing(chunks[-1], *between[-1])
+        results.initial[...] = outgoing(chunks[-1], *between[-1])
 
     def back(indices: list[Any]) -> None:
         indices = [call.chunks - 1 - index for index in indices]
@@ -105,8 +105,8 @@ def _through_state(given: Operands, before: Any, d_out: Any, results: Gradients,
         d_state = on_chip.state[...]
         for index, chunk in zip(indices, chunks, strict=True):
             rows = call.rows_of(index)
-            write, upstream = on_chip.writes[rows, :], d_out[rows, :].astype(jnp.float32)
-            d = through_chunk(chunk, on_chip.between[index], write, upstream, d_state, call.scale)
+            write, d_out = on_chip.writes[rows, :], results.v[rows, :].astype(jnp.float32)
+            d = through_chunk(chunk, on_chip.between[index], write, d_out, d_state, call.scale)
             d_state = d.before
             _out(given, chunk, index, d, results, on_chip, call)
         on_chip.state[...] = d_state
@@ -120,16 +120,18 @@ def _out(
 ) -> None:
     """What a chunk's tokens owe the state and what they owe the read, added."""
     rows = call.rows_of(index)
-    for raw, unit, by_unit, d_ready, scale, d_scale, result in (
-        (given.q, chunk.q, d.q, on_chip.queries, given.query_scale, on_chip.query_scale, results.q),
-        (given.k, chunk.k, d.k, on_chip.sums.keys, given.key_scale, on_chip.key_scale, results.k),
+    known = chunk.finite
+    for raw, fine, unit, by_unit, d_ready, scale, d_scale, result in (
+        (given.q, known.q, chunk.q, d.q, on_chip.queries, given.query_scale, on_chip.query_scale, results.q),
+        (given.k, known.k, chunk.k, d.k, on_chip.sums.keys, given.key_scale, on_chip.key_scale, results.k),
     ):
-        x = raw[rows, :].astype(jnp.float32)
+        x = jnp.where(fine, raw[rows, :].astype(jnp.float32), 0.0)
         by_read, by_scale = _through_read_norm(x, scale[...], d_ready[rows, :], call.share)
         d_scale[...] += by_scale
-        result[rows, :] = (through_norm(x, unit, by_unit) + by_read).astype(result.dtype)
-    results.v[rows, :] = (d.v + on_chip.sums.values[rows, :]).astype(results.v.dtype)
-    results.gates[index, 0:1, :], results.gates[index, 1:2, :] = d.beta, d.log_decay
+        result[rows, :] = jnp.where(fine, through_norm(x, unit, by_unit) + by_read, 0.0).astype(result.dtype)
+    results.v[rows, :] = jnp.where(known.v, d.v + on_chip.sums.values[rows, :], 0.0).astype(results.v.dtype)
+    results.gates[index, 0:1, :] = d.beta
+    results.gates[index, 1:2, :] = jnp.where(known.gates, d.log_decay, 0.0)
 
 
 def _kernel(*refs: Any, call: Call) -> None:
@@ -139,16 +141,19 @@ def _kernel(*refs: Any, call: Call) -> None:
 
     @pl.when(step == 0)
     def _() -> None:
-        on_chip.state[...] = upstream.state[...]
+        mark = mark_behind(to_column(kept.marks[call.chunks - 1]))
+        on_chip.state[...] = jnp.where(mark == SPOILT, 0.0, upstream.state[...])
         sums.cache_keys[...] = upstream.cache_keys[...].astype(jnp.float32)
         sums.cache_values[...] = upstream.cache_values[...].astype(jnp.float32)
         for x in (sums.sink, sums.gate, on_chip.query_scale, on_chip.key_scale):
             x[...] = jnp.zeros_like(x)
 
     tokens = prepare(given, on_chip.prepared, call, block == 0, counts.fill[b])
+    for index, rows in enumerate(call.chunk_slices):
+        results.v[rows, :] = unspoilt(upstream.out[rows, :], kept.marks[index]).astype(call.dtype)
     through_merge(kept.cache.source[...], sums, call.dtype)
     document = counts.documents[b, block]
-    through_read(tokens, kept.cache, given.sink[h], document, upstream.out, on_chip.queries, sums, given.gate[h])
+    through_read(tokens, kept.cache, given.sink[h], document, results.v, on_chip.queries, sums, given.gate[h])
     if given.running is not None:
 
         @pl.when(block == 0)
@@ -158,7 +163,7 @@ def _kernel(*refs: Any, call: Call) -> None:
                 result[...] = jnp.where(held, total[...], 0.0).astype(result.dtype)
                 total[...] = jnp.where(held, 0.0, total[...])
 
-    _through_state(given, kept.state, upstream.out, results, on_chip, call)
+    _through_state(given, kept.state, results, on_chip, call)
 
     @pl.when(step == call.blocks - 1)
     def _() -> None:
@@ -206,7 +211,7 @@ def _specs(places: Places, running: bool) -> Gradients:
         q=keys,
         k=keys,
         v=values,
-        gates=places.chunk_rows(),
+        gates=places.chunk_rows(2),
         query_scale=places.of_head(1, call.key_dim),
         key_scale=places.of_head(1, call.key_dim),
         sink=places.of_head(1, call.block),
@@ -219,7 +224,7 @@ def _specs(places: Places, running: bool) -> Gradients:
     )
 
 
-def _scratch(call: Call, running: bool) -> OnChip:
+def _scratch(call: Call) -> OnChip:
     def floats(*size: int) -> Any:
         return pltpu.VMEM(size, jnp.float32)
 
@@ -227,9 +232,9 @@ def _scratch(call: Call, running: bool) -> OnChip:
     cache = floats(call.window, call.key_dim), floats(call.window, call.value_dim)
     sums = Sums(*cache, floats(*keys), floats(*values), floats(1, call.block), floats(1, call.block))
     scales = floats(1, call.key_dim), floats(1, call.key_dim)
-    prepared = prepared_scratch(call, running)._replace(scores=None)
+    prepared = prepared_scratch(call)._replace(scores=None)
     state = call.key_dim, call.value_dim
-    again = floats(*state), floats(call.chunks, *state), floats(*values), floats(call.chunks, call.chunk, call.chunk)
+    again = floats(call.chunks, *state), floats(*values), floats(call.chunks, call.chunk, call.chunk)
     return OnChip(floats(*state), sums, floats(*keys), *scales, prepared, *again)
 
 
@@ -251,7 +256,7 @@ def run(call: Call, counts: Counts, given: Operands, kept: Kept, upstream: Upstr
                 Upstream(places.tokens(call.value_dim), state, *cache),
             ],
             out_specs=(_specs(places, running),),
-            scratch_shapes=[_scratch(call, running)],
+            scratch_shapes=[_scratch(call)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=cost(call, 8, 5, 4 if call.dtype == jnp.bfloat16 else 2, (given, kept, upstream, shapes)),

@@ -16,7 +16,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache.arrays import Rows, Tokens
 from pallas_kernels.cache.forward import Saved, keep, merge, read_tiles
-from pallas_kernels.delta_rule.chunk import answer, norms, outgoing
+from pallas_kernels.delta_rule.chunk import (
+    SPOILT,
+    answer,
+    mark_behind,
+    marked,
+    norms,
+    outgoing,
+    spoilt,
+    to_row,
+    without_spoilt,
+)
 from pallas_kernels.hola.layout import (
     Call,
     Counts,
@@ -25,6 +35,7 @@ from pallas_kernels.hola.layout import (
     Places,
     Prepared,
     cost,
+    documents_of,
     for_runs,
     load_chunk,
     occupied,
@@ -39,6 +50,7 @@ class Kept(NamedTuple):
 
     state: Part  # [B, H, n, K, V] float32: before each block
     cache: Saved  # before each block, and the softmax's sums
+    marks: Part  # [B, H, T / c, 1, c] float32: which outputs are NaN, whatever they were made of
 
 
 class Results(NamedTuple):
@@ -55,34 +67,39 @@ class OnChip(NamedTuple):
     """What lives on the chip along the blocks of a head, and along one block."""
 
     state: Any  # [K, V] float32
+    mark: Any  # [1, 1] float32: whether the state is spoilt
     cache: Rows
     prepared: Prepared
-    answer: Any  # [C, V] float32: of the state
+    answer: Any  # [C, V] float32: of the state; NaN where the output is to be
     norms: Any  # [m, 1, c] float32: of the writes
 
 
-def _through_state(given: Operands, on_chip: OnChip, call: Call) -> None:
+def _through_state(given: Operands, kept: Kept | None, on_chip: OnChip, call: Call) -> None:
     """Answers of the state and scores of a block, and the state behind it."""
 
     def run(indices: list[Any]) -> None:
-        state = on_chip.state[...]
+        state, mark = on_chip.state[...], on_chip.mark[...]
         for index, chunk in zip(indices, [load_chunk(given, call, i) for i in indices], strict=True):
-            on_chip.answer[call.rows_of(index), :], write = answer(chunk, state)
+            documents, (out, write) = documents_of(given, index), answer(chunk, state)
+            marks = spoilt(chunk, documents, mark)
+            on_chip.answer[call.rows_of(index), :] = marked(out, marks, documents)
+            if kept is not None:
+                kept.marks[index] = to_row(marks)
             score = norms(write)
             if call.residual:
                 beta = given.gates[index, 0:1, :]
                 score = score / jnp.where(beta > 0, beta, 1.0)
             on_chip.norms[index] = score
-            state = outgoing(chunk, state, write)
-        on_chip.state[...] = state
+            state, mark = outgoing(chunk, state, write), mark_behind(marks)
+        on_chip.state[...], on_chip.mark[...] = state, mark
 
     for_runs(call, run)
     scores = on_chip.prepared.scores
     if given.scores is not None:
         scores[...] = given.scores[...]
     else:
-        for index in range(call.chunks):
-            scores[:, index * call.chunk : (index + 1) * call.chunk] = on_chip.norms[index]
+        for index, tokens in enumerate(call.chunk_slices):
+            scores[:, tokens] = on_chip.norms[index]
 
 
 def _read_and_merge(counts: Counts, given: Operands, tokens: Tokens, results: Results, on_chip: OnChip) -> None:
@@ -107,13 +124,13 @@ def _kernel(*refs: Any, call: Call) -> None:
 
     @pl.when(i == 0)
     def _() -> None:
-        on_chip.state[...] = given.initial[...]
+        on_chip.state[...], on_chip.mark[...] = without_spoilt(given.initial[...])
         for mine, theirs in zip(on_chip.cache, given.cache, strict=True):
             mine[...] = theirs[...]
 
     if results.kept is not None:
         results.kept.state[...] = on_chip.state[...]
-    _through_state(given, on_chip, call)
+    _through_state(given, results.kept, on_chip, call)
     tokens = prepare(given, on_chip.prepared, call, i == 0, counts.fill[b])
     if given.running is not None:
 
@@ -127,17 +144,17 @@ def _kernel(*refs: Any, call: Call) -> None:
 
     @pl.when(i == call.blocks - 1)
     def _() -> None:
-        results.state[...] = on_chip.state[...]
+        results.state[...] = jnp.where(on_chip.mark[...] == SPOILT, jnp.nan, on_chip.state[...])
         for theirs, mine in zip(results.cache, on_chip.cache, strict=True):
             theirs[...] = mine[...]
 
 
-def prepared_scratch(call: Call, running: bool) -> Prepared:
+def prepared_scratch(call: Call) -> Prepared:
     keys, values = (call.block, call.key_dim), (call.block, call.value_dim)
     return Prepared(
         pltpu.VMEM(keys, call.dtype),
         pltpu.VMEM(keys, call.dtype),
-        pltpu.VMEM(values, call.dtype) if running else None,
+        pltpu.VMEM(values, call.dtype),
         pltpu.VMEM((1, call.block), jnp.float32),
     )
 
@@ -145,7 +162,8 @@ def prepared_scratch(call: Call, running: bool) -> Prepared:
 def kept_specs(places: Places) -> Kept:
     call = places.call
     rows = (places.of_block(*size) for size in row_sizes(call))
-    return Kept(places.of_block(call.key_dim, call.value_dim), Saved(places.token_row(), *rows))
+    state = places.of_block(call.key_dim, call.value_dim)
+    return Kept(state, Saved(places.token_row(), *rows), places.chunk_rows(1))
 
 
 def _shapes(call: Call, save: bool) -> Results:
@@ -159,7 +177,8 @@ def _shapes(call: Call, save: bool) -> Results:
         )
         log_total = jax.ShapeDtypeStruct(per_token, jnp.float32)
         before = jax.ShapeDtypeStruct((*call.per_head, call.blocks, *state), jnp.float32)
-        kept = Kept(before, Saved(log_total, *rows))
+        marks = jax.ShapeDtypeStruct((*call.per_head, call.blocks * call.chunks, 1, call.chunk), jnp.float32)
+        kept = Kept(before, Saved(log_total, *rows), marks)
     return Results(
         jax.ShapeDtypeStruct((call.batch, call.length, call.heads * call.value_dim), call.dtype),
         jax.ShapeDtypeStruct(per_token, jnp.float32),
@@ -174,7 +193,6 @@ def run(call: Call, counts: Counts, given: Operands, save: bool) -> Results:
     places, shapes = Places(call), _shapes(call, save)
     state, values = (call.key_dim, call.value_dim), (call.block, call.value_dim)
     rows = Rows(*(pltpu.VMEM(*x) for x in zip(row_sizes(call), row_types(call), strict=True)))
-    prepared = prepared_scratch(call, given.running is not None)
     return pl.pallas_call(
         functools.partial(_kernel, call=call),
         out_shape=(shapes,),
@@ -194,8 +212,9 @@ def run(call: Call, counts: Counts, given: Operands, save: bool) -> Results:
             scratch_shapes=[
                 OnChip(
                     pltpu.VMEM(state, jnp.float32),
+                    pltpu.VMEM((1, 1), jnp.float32),
                     rows,
-                    prepared,
+                    prepared_scratch(call),
                     pltpu.VMEM(values, jnp.float32),
                     pltpu.VMEM((call.chunks, 1, call.chunk), jnp.float32),
                 ),

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache.arrays import Rows, Tokens
-from pallas_kernels.delta_rule.chunk import EPSILON, Chunk, load
+from pallas_kernels.delta_rule.chunk import EPSILON, Chunk, finite_rows, load
 
 Part = Any  # an array, its shape, its block of a grid step, or the reference that a kernel is given
 
@@ -62,6 +62,11 @@ class Call(NamedTuple):
         """Chunks that are made at once: their inverses wait for each other's products, not for a state."""
         return 2 if self.chunks % 2 == 0 else 1
 
+    @property
+    def chunk_slices(self) -> list[slice]:
+        """The tokens of each chunk in a block."""
+        return [slice(index * self.chunk, (index + 1) * self.chunk) for index in range(self.chunks)]
+
     def rows_of(self, chunk: Any) -> Any:
         """The tokens of one chunk in a block."""
         return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk), self.chunk)
@@ -90,7 +95,7 @@ class Operands(NamedTuple):
     q: Part  # [B, T, h * K]
     k: Part  # [B, T, h * K]
     v: Part  # [B, T, H * V]
-    gates: Part  # [B, H, T / c, 2, c] float32: beta, log decay
+    gates: Part  # [B, H, T / c, 2, c] float32: beta, log decay (NaN where either is not finite)
     query_scale: Part  # [H, 1, K] float32, the softmax's temperature multiplied in
     key_scale: Part  # [h, 1, K] float32
     sink: Part  # [H] float32
@@ -104,20 +109,24 @@ class Operands(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A block's tokens as the read sees them, on the chip."""
+    """A block's tokens as the read sees them, on the chip; zeros for those that are not finite."""
 
     queries: Any  # [C, K]
     keys: Any  # [C, K]
-    values: Any  # [C, V], or None where the values are v
+    values: Any  # [C, V]
     scores: Any  # [1, C]
 
 
 def load_chunk(given: Operands, call: Call, index: Any, inverse: Array | None = None) -> Chunk:
     """The delta rule's matrices of one chunk."""
     rows = call.rows_of(index)
-    own = None if given.own is None else given.own[index]
     tokens = given.q[rows, :], given.k[rows, :], given.v[rows, :]
-    return load(*tokens, given.gates[index], own, call.scale, True, inverse)
+    return load(*tokens, given.gates[index], documents_of(given, index), call.scale, True, inverse)
+
+
+def documents_of(given: Operands, index: Any) -> Any:
+    """The rows of one chunk, or None."""
+    return None if given.own is None else given.own[index]
 
 
 def for_runs(call: Call, body: Callable[[list[Any]], None]) -> None:
@@ -134,6 +143,12 @@ def read_factor(x: Array, share: float) -> Array:
     return lax.rsqrt(share * jnp.sum(x * x, axis=1, keepdims=True) + EPSILON)
 
 
+def finite(x: Array) -> Array:
+    """Rows in float32, zero where they are not finite."""
+    x = x.astype(jnp.float32)
+    return jnp.where(finite_rows(x), x, 0.0)
+
+
 def occupied(call: Call, fill: Array, axis: int = 0) -> Array:
     """Which places of a first block an earlier piece occupies, as a column or, along axis 1, as a row."""
     shape = (call.block, 1) if axis == 0 else (1, call.block)
@@ -146,12 +161,11 @@ def prepare(given: Operands, prepared: Prepared, call: Call, first: Any, fill: A
         (given.q, given.query_scale, prepared.queries),
         (given.k, given.key_scale, prepared.keys),
     ):
-        x = raw[...].astype(jnp.float32)
+        x = finite(raw[...])
         ready[...] = (x * read_factor(x, call.share) * scale[...]).astype(ready.dtype)
-    values, running = given.v, given.running
+    prepared.values[...] = finite(given.v[...]).astype(prepared.values.dtype)
+    running = given.running
     if running is not None:
-        values = prepared.values
-        values[...] = given.v[...]
 
         @pl.when(first)
         def _() -> None:
@@ -159,7 +173,7 @@ def prepare(given: Operands, prepared: Prepared, call: Call, first: Any, fill: A
             for old, new in ((running.keys, prepared.keys), (running.values, prepared.values)):
                 new[...] = jnp.where(held, old[...], new[...])
 
-    return Tokens(prepared.queries, prepared.keys, values, prepared.scores, given.visible)
+    return Tokens(prepared.queries, prepared.keys, prepared.values, prepared.scores, given.visible)
 
 
 class Places:
@@ -180,9 +194,9 @@ class Places:
         """Of [B, H, 1, T]."""
         return pl.BlockSpec((None, None, 1, self.call.block), lambda b, h, i, *_: (b, h, 0, self.order(i)))
 
-    def chunk_rows(self) -> pl.BlockSpec:
-        """Of [B, H, T / c, 2, c]."""
-        size = None, None, self.call.chunks, 2, self.call.chunk
+    def chunk_rows(self, rows: int) -> pl.BlockSpec:
+        """Of [B, H, T / c, rows, c]."""
+        size = None, None, self.call.chunks, rows, self.call.chunk
         return pl.BlockSpec(size, lambda b, h, i, *_: (b, h, self.order(i), 0, 0))
 
     def own(self) -> pl.BlockSpec:
@@ -216,7 +230,7 @@ class Places:
             q=self.tokens(call.key_dim, by_key_head=True),
             k=self.tokens(call.key_dim, by_key_head=True),
             v=self.tokens(call.value_dim),
-            gates=self.chunk_rows(),
+            gates=self.chunk_rows(2),
             query_scale=self.scale(by_key_head=False),
             key_scale=self.scale(by_key_head=True),
             sink=on_chip,

@@ -15,7 +15,7 @@ from pallas_kernels.delta_rule import layout as chunks
 from pallas_kernels.delta_rule.chunk import CHUNK
 from pallas_kernels.hola import backward, forward
 from pallas_kernels.hola.layout import Call, Counts, Operands, Running
-from pallas_kernels.hola.limits import DTYPES, refuse_sizes
+from pallas_kernels.hola.limits import too_large, unlike
 
 LEAST = 1e-30  # e = write / beta needs a write: one too small to be seen in S
 
@@ -47,6 +47,57 @@ class Hola(NamedTuple):
     cache: Cache  # after the whole blocks
 
 
+def fits(
+    heads: int,
+    key_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtypes: tuple[Any, Any, Any],
+    *,
+    window: int,
+    block: int,
+    continued: bool = False,
+    interpret: Any = False,
+) -> str | None:
+    """Why `hola` does not take such a memory, or None where it does. `dtypes` are those of q, k and v; `continued` where
+    there is an `earlier` piece, whose running block needs room on the chip."""
+    if reason := unlike(dtypes):
+        return reason
+    call = _call((1, block, heads, value_dim), (key_heads, key_dim), dtypes[2], window, block, interpret)
+    return too_large(call, key_dim, value_dim, continued)
+
+
+def _call(
+    values: tuple[int, ...],
+    keys: tuple[int, ...],
+    dtype: Any,
+    window: int,
+    block: int,
+    interpret: Any,
+    scale: float = 1.0,
+    read: str = "rmsnorm",
+    residual: bool = False,
+) -> Call:
+    """From the shape of v, [B, T, H, V], and how many key heads there are of which width."""
+    (batch, length, heads, value_dim), (key_heads, key_dim) = values, keys
+    return Call(
+        batch=batch,
+        heads=heads,
+        key_heads=key_heads,
+        blocks=max(1, -(-length // block)),
+        block=block,
+        chunk=max(c for c in range(1, min(block, CHUNK) + 1) if block % c == 0),
+        window=window,
+        key_dim=chunks.whole_lanes(key_dim),
+        value_dim=chunks.whole_lanes(value_dim),
+        scale=scale,
+        share=1.0 / key_dim if read == "rmsnorm" else 1.0,
+        residual=residual,
+        dtype=jnp.dtype(dtype),
+        interpret=interpret,
+    )
+
+
 def hola(
     q: Array,
     k: Array,
@@ -68,34 +119,22 @@ def hola(
 ) -> Hola:
     """The memory's answer to any number of tokens, with all between inputs and outputs on the chip.
 
-    q, k [B, T, h, K] and v [B, T, H, V] come before any norm, in one type, bfloat16 or float32; beta, log_decay [B, T, H];
-    h divides H. The state sees q and k by their length, the read by `read`. Place 0 begins a block of `block` tokens;
-    `start` [B] is its position, `whole` [B] how many blocks of a row are complete (T // C): the block behind them is read
-    and does not compete for the `window` rows. `score` is the write's magnitude, beta |e| or |e|, or given for each place
-    [B, H, T]. `documents` [B, T] are ids that rise along T, 0 at padding; None where all tokens are real and of one
-    document. Places that `earlier` occupies hold zeros in q, k, v and the gates, and in `documents` the state's document
-    where the token is still in sight, else 0. The gradient flows by everything but scores and choices.
+    q, k [B, T, h, K] and v [B, T, H, V] come before any norm, in one type, bfloat16 or float32; beta, log_decay [B, T, H]; h
+    divides H. The state sees q and k by their length, the read by `read`. Place 0 begins a block of `block` tokens; `start`
+    [B] is its position, `whole` [B] how many blocks of a row are complete (T // C): the block behind them is read and does
+    not compete for the `window` rows. `score` is the write's magnitude, beta |e| or |e|, or given for each place [B, H, T].
+    `documents` [B, T] are ids that rise along T, 0 at padding; None where all tokens are real and of one document. NaN and
+    inf in a token, or in an earlier state, make NaN of what follows in their document, the last state too where it is that
+    document's, and touch nothing else. Places that `earlier` occupies hold zeros in q, k, v and the gates, and in
+    `documents` the state's document where the token is still in sight, else 0. The gradient flows by everything but scores
+    and choices.
     """
     _refuse(q, k, v, beta, log_decay, learned, earlier, score, read, documents)
-    (batch, length, heads, value_dim), (key_heads, key_dim) = v.shape, k.shape[2:]
-    blocks = max(1, -(-length // block))
-    call = Call(
-        batch=batch,
-        heads=heads,
-        key_heads=key_heads,
-        blocks=blocks,
-        block=block,
-        chunk=max(c for c in range(1, min(block, CHUNK) + 1) if block % c == 0),
-        window=window,
-        key_dim=chunks.whole_lanes(key_dim),
-        value_dim=chunks.whole_lanes(value_dim),
-        scale=scale,
-        share=1.0 / key_dim if read == "rmsnorm" else 1.0,
-        residual=isinstance(score, str) and score == "residual",
-        dtype=jnp.dtype(v.dtype),
-        interpret=interpret,
-    )
-    refuse_sizes(call, key_dim, value_dim, earlier is not None)
+    (_, length, heads, value_dim), key_dim = v.shape, k.shape[3]
+    residual = isinstance(score, str) and score == "residual"
+    call = _call(v.shape, k.shape[2:], v.dtype, window, block, interpret, scale, read, residual)
+    if reason := too_large(call, key_dim, value_dim, earlier is not None):
+        raise NotImplementedError(reason)
     counts = _counts(call, length, documents, start, whole, earlier)
     given = _operands(call, q, k, v, beta, log_decay, learned, earlier, score, documents, counts)
     out, scores, state, rows = _hola(call, counts, given)
@@ -152,6 +191,7 @@ def _operands(
         return padded(jnp.broadcast_to(x.astype(jnp.float32), (heads, key_dim)), wider[0])[:, None]
 
     own = visible = None
+    beta, log_decay = chunks.finite_gates(beta, log_decay)
     if call.residual:
         beta = jnp.maximum(beta, LEAST)
     if documents is not None:
@@ -199,7 +239,7 @@ def _hola(call: Call, counts: Counts, given: Operands) -> tuple[Array, Array, Ar
 
 def _forward(call: Call, counts: Counts, given: Operands) -> tuple[Any, Any]:
     """Kept for the backward pass: the operands, and of each block the state and the cache that it found, which of its
-    tokens entered, and the softmax's sums."""
+    tokens entered, which of its outputs are NaN, and the softmax's sums."""
     results = forward.run(call, counts, given, save=True)
     return results[:4], (counts, given, results.kept)
 
@@ -226,7 +266,7 @@ def _backward(call: Call, saved: tuple[Counts, Operands, Any], cotangents: tuple
         key_scale=of_key_heads(jnp.sum(d.key_scale, axis=0), 0, jnp.float32),
         sink=jnp.sum(d.sink, axis=(0, 2, 3)),
         gate=jnp.sum(d.gate, axis=(0, 2, 3)),
-        initial=d.initial,
+        initial=jnp.where(jnp.isfinite(given.initial), d.initial, 0.0),
         cache=Rows(d.cache_keys, d.cache_values, None, None),
         running=running,
         scores=None,
@@ -260,10 +300,8 @@ def _refuse(
         )
     if length == 0:
         raise ValueError("the Pallas memory needs at least one token")
-    if v.dtype not in DTYPES or q.dtype != v.dtype or k.dtype != v.dtype:
-        raise NotImplementedError(
-            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; the Pallas memory takes bfloat16 or float32, one of them"
-        )
+    if reason := unlike((q.dtype, k.dtype, v.dtype)):
+        raise NotImplementedError(reason)
     if isinstance(score, str) and score not in ("surprise", "residual"):
         raise NotImplementedError(
             f'score={score!r} is not made on the chip: "surprise" and "residual" are; give others as an array [B, H, T]'

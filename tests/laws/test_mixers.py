@@ -10,27 +10,32 @@ import pytest
 from flax import nnx
 
 from hola_jax.layers import MIXERS as CLASSES
-from tests.laws.mixers import MIXERS, TOKENS, small
+from tests.laws.mixers import BY_KERNELS, MIXERS, TOKENS, small
 
+CASES = [*MIXERS, *BY_KERNELS]
 TOLERANCE = 2e-5  # float32, sums of some dozens of terms near 1 taken in another order
 
 
 class Case(NamedTuple):
     run: object  # (x, segment_ids, state) -> (y, state), compiled
     empty: object
-    x: np.ndarray
-    whole: np.ndarray  # outputs of two rows of TOKENS tokens, one document each
+    x: np.ndarray  # [2, tokens, D]
+    whole: np.ndarray  # outputs of the two rows, one document each
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[1]
 
 
 @functools.cache
 def case(mixer: str) -> Case:
     config = small(mixer)
-    cls = CLASSES[mixer]
+    cls = CLASSES[config.mixer]
     structure, params = nnx.split(cls(config, jax.random.key(0)))
     # Larger weights than at initialisation, so that what the memory holds is seen in the outputs.
     params = jax.tree.map(lambda p: p * 8 if p.ndim == 2 else p, nnx.to_pure_dict(params))
     run = jax.jit(lambda x, segment_ids=None, state=None: nnx.merge(structure, params)(x, segment_ids, state))
-    x = np.asarray(jax.random.normal(jax.random.key(1), (2, TOKENS, config.dim)), np.float32)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (2, BY_KERNELS.get(mixer, TOKENS), config.dim)), np.float32)
     whole, _ = run(x)
     assert np.abs(whole).max() > 1e-2
     return Case(run, cls.init_state(config, 2), x, np.asarray(whole))
@@ -45,25 +50,25 @@ def placed(case: Case, rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, np
     return x, ids
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CASES)
 def test_any_split_gives_the_whole(mixer: str) -> None:
     """Rows split at different places, with padding at either end of each piece."""
-    c = case(mixer)
-    for cuts in ((0, 13), (1, 12), (6, 9), (8, 4)):
-        first, state = c.run(*placed(c, [(0, cuts[0], 0), (0, cuts[1], TOKENS - cuts[1])]), c.empty)
-        second, _ = c.run(*placed(c, [(cuts[0], TOKENS, cuts[0]), (cuts[1], TOKENS, 0)]), state)
+    c, tokens = case(mixer), case(mixer).tokens
+    for cuts in ((0, tokens), (1, tokens - 1), (6, 9), (8, 4)):
+        first, state = c.run(*placed(c, [(0, cuts[0], 0), (0, cuts[1], tokens - cuts[1])]), c.empty)
+        second, _ = c.run(*placed(c, [(cuts[0], tokens, cuts[0]), (cuts[1], tokens, 0)]), state)
         for row, cut in enumerate(cuts):
-            at = (0, TOKENS - cut)[row]
+            at = (0, tokens - cut)[row]
             np.testing.assert_allclose(first[row, at : at + cut], c.whole[row, :cut], atol=TOLERANCE)
             at = (cut, 0)[row]
-            np.testing.assert_allclose(second[row, at : at + TOKENS - cut], c.whole[row, cut:], atol=TOLERANCE)
+            np.testing.assert_allclose(second[row, at : at + tokens - cut], c.whole[row, cut:], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CASES)
 def test_token_by_token_gives_the_whole_and_padding_is_nothing(mixer: str) -> None:
     c = case(mixer)
     state, got = c.empty, []
-    for t in range(TOKENS):
+    for t in range(c.tokens):
         if t == 5:  # one row waits: a step of padding
             waiting = np.array([[1], [0]], np.int32)
             out, state = c.run(c.x[:, t : t + 1], waiting, state)
@@ -75,22 +80,21 @@ def test_token_by_token_gives_the_whole_and_padding_is_nothing(mixer: str) -> No
     np.testing.assert_allclose(np.concatenate(got, axis=1), c.whole, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CASES)
 def test_a_padded_row_gives_what_it_gives_alone(mixer: str) -> None:
-    c = case(mixer)
-    out, _ = c.run(*placed(c, [(0, 9, 4), (0, 9, 0)]), c.empty)
-    np.testing.assert_allclose(out[0, 4:], c.whole[0, :9], atol=TOLERANCE)
-    np.testing.assert_allclose(out[1, :9], c.whole[1, :9], atol=TOLERANCE)
+    c, real = case(mixer), case(mixer).tokens - 4
+    out, _ = c.run(*placed(c, [(0, real, 4), (0, real, 0)]), c.empty)
+    np.testing.assert_allclose(out[0, 4:], c.whole[0, :real], atol=TOLERANCE)
+    np.testing.assert_allclose(out[1, :real], c.whole[1, :real], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CASES)
 @pytest.mark.parametrize("change", ["other numbers", "NaN"])
 def test_documents_do_not_reach_each_other(mixer: str, change: str) -> None:
     c = case(mixer)
-    ids = np.array([[1] * 4 + [2] * 5 + [3] * 4, [1] * 2 + [2] * 9 + [3] * 2], np.int32)
+    ids = np.array([[1] * 4 + [2] * (c.tokens - 8) + [3] * 4, [1] * 2 + [2] * (c.tokens - 4) + [3] * 2], np.int32)
     other = c.x.copy()
-    other[0, 4:9] += 1.0
-    other[1, 2:11] += 1.0
+    other[ids == 2] += 1.0
     if change == "NaN":
         other[0, 5], other[1, 3] = np.nan, np.nan
     before, _ = c.run(c.x, ids, c.empty)
@@ -102,11 +106,11 @@ def test_documents_do_not_reach_each_other(mixer: str, change: str) -> None:
     unspoilt = c.run(c.x, ids, c.empty)[1]
     np.testing.assert_array_equal(c.run(x, later, state)[0], c.run(x, later, unspoilt)[0])
     if change == "NaN":
-        assert np.isnan(np.asarray(after)[0, 5:9]).all() and np.isnan(np.asarray(after)[1, 3:11]).all()
+        assert np.isnan(np.asarray(after)[0, 5:-4]).all() and np.isnan(np.asarray(after)[1, 3:-2]).all()
         assert np.isfinite(np.asarray(after)[0, 4]).all()
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CASES)
 def test_the_state_keeps_its_size(mixer: str) -> None:
     c = case(mixer)
     _, state = c.run(c.x)
@@ -115,7 +119,7 @@ def test_the_state_keeps_its_size(mixer: str) -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CASES)
 def test_nothing_reaches_back_in_time(mixer: str) -> None:
     """The gradient of each output by each later input is exactly zero, and by its own input it is not."""
     c = case(mixer)

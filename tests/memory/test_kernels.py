@@ -25,8 +25,32 @@ def on_tpu(work, asked=None, parts=1):
 @pytest.mark.parametrize("name", ["hola-340m", "gdn-340m", "hola-46m", "deltanet-170m"])
 def test_the_papers_shapes_run_by_kernels_on_a_tpu(name):
     work = memory_work(preset(name))
-    assert on_tpu(work) == ("pallas_tpu", "tpu kernels take this shape")
-    assert on_tpu(work, "pallas", parts=4) == on_tpu(work, "pallas_tpu") == ("pallas_tpu", "asked for")
+    how = ("; the whole memory in one kernel", True) if work.window else ("", False)
+    assert on_tpu(work) == ("pallas_tpu", f"tpu kernels take this shape{how[0]}", how[1])
+    assert on_tpu(work, "pallas", parts=4) == on_tpu(work, "pallas_tpu") == ("pallas_tpu", f"asked for{how[0]}", how[1])
+
+
+APART = {
+    "window=600.* need about .* MiB on the chip": {"window": 600},
+    "depends on the scores of the devices before it": {"axis": "sequence"},
+}
+
+
+@pytest.mark.parametrize("reason", APART)
+def test_a_memory_that_one_kernel_does_not_take_runs_by_two_which_is_known_before_and_said(reason):
+    change = dict(APART[reason])
+    axis = change.pop("axis", None)
+    work = PAPER._replace(**change)
+    for asked in (None, "pallas", "pallas_tpu"):
+        found = choose(asked, work, axis, platform="tpu", parts=1)
+        assert found.name == "pallas_tpu" and not found.fused
+        assert re.search(f"state and cache in two kernels: .*{reason}", found.why), found.why
+        assert choosing.kernels(found).hola is None
+
+
+def test_what_an_earlier_piece_leaves_needs_room_beside_the_rest():
+    exact = PAPER._replace(dtypes=("float32",) * 3, window=96)
+    assert on_tpu(exact).fused and not on_tpu(exact._replace(continued=True)).fused
 
 
 class Device:
@@ -37,8 +61,9 @@ class Device:
 
 def test_a_gpus_kernels_are_hoppers_and_take_bfloat16():
     hopper = choosing.platform_of(Device("gpu", compute_capability="9.0"))
-    assert choose(None, PAPER, platform=hopper, parts=1) == ("pallas_gpu", "gpu kernels take this shape")
-    assert choose("pallas", PAPER, platform=hopper, parts=2) == ("pallas_gpu", "asked for")
+    how = "; state and cache in two kernels: the platform has no other"
+    assert choose(None, PAPER, platform=hopper, parts=1) == ("pallas_gpu", f"gpu kernels take this shape{how}", False)
+    assert choose("pallas", PAPER, platform=hopper, parts=2) == ("pallas_gpu", f"asked for{how}", False)
     exact = PAPER._replace(dtypes=("float32",) * 3)
     assert "float32; the Mosaic GPU delta rule takes bfloat16" in choose(None, exact, platform=hopper, parts=1).why
     with pytest.raises(NotImplementedError, match="window=2048: the GPU kernel keeps 1 to 1024 rows"):
@@ -84,7 +109,7 @@ def test_a_single_token_that_runs_by_something_else_is_told_of():
         for asked, why in ((None, f"{platform} kernels take this shape"), ("pallas", "asked for")):
             found = choose(asked, work, platform=platform, parts=1)
             assert found.name == f"pallas_{platform}"
-            assert re.match(f"{why}; a single token runs by xla: .*{words}", found.why), found.why
+            assert re.match(f"{why}; .*; a single token runs by xla: .*{words}", found.why), found.why
         assert token_kernels(found.name, work) is None
         assert token_kernels(found.name, PAPER) is not None
     assert token_kernels("xla", PAPER) is None
@@ -92,7 +117,7 @@ def test_a_single_token_that_runs_by_something_else_is_told_of():
 
 
 def test_a_platform_without_kernels_is_named():
-    assert choose(None, PAPER, platform="rocm", parts=1) == ("xla", "there are no kernels for rocm")
+    assert choose(None, PAPER, platform="rocm", parts=1) == ("xla", "there are no kernels for rocm", False)
     for asked in ("pallas", "pallas_tpu"):
         with pytest.raises(NotImplementedError, match=f"{asked}': there are kernels for .*tpu.*, and this is rocm"):
             choose(asked, PAPER, platform="rocm", parts=1)
@@ -104,13 +129,14 @@ def test_heads_that_do_not_divide_over_devices_are_no_work_for_kernels():
         on_tpu(PAPER, "pallas", parts=3)
 
 
-def traced(implementation=None, width=64):
+def traced(implementation=None, width=64, window=8):
     """The jaxpr of a bare call whose shapes the kernels take; nothing is computed."""
     shapes = [(1, 128, 2, width)] * 3 + [(1, 128, 2)] * 2
     params = CacheParams(*[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (width, width, 2, 2)])
 
     def run(arrays, params):
-        return hola_memory(*arrays, params, config=MemoryConfig(window=16, block=128), implementation=implementation)
+        config = MemoryConfig(window=window, block=128)
+        return hola_memory(*arrays, params, config=config, implementation=implementation)
 
     return str(jax.make_jaxpr(run)([jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], params))
 
@@ -126,8 +152,18 @@ def test_a_bare_call_takes_the_kernels_of_a_single_tpu(as_on_a_tpu, monkeypatch,
     with caplog.at_level(logging.INFO, "hola_jax"):
         assert all("pallas_call" in traced() for _ in range(2))
     assert [(r.levelname, r.message) for r in caplog.records] == [
-        ("INFO", "the memory runs by pallas_tpu: tpu kernels take this shape")
+        ("INFO", "the memory runs by pallas_tpu: tpu kernels take this shape; the whole memory in one kernel")
     ]
+
+
+def test_a_bare_call_runs_what_the_choice_says(as_on_a_tpu, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert "hola_forward" in traced() and "delta_rule_forward" not in traced()
+    with caplog.at_level(logging.INFO, "hola_jax"):
+        for asked in (None, "pallas"):
+            text = traced(asked, window=480, width=256)
+            assert "delta_rule_forward" in text and "hola_cache_forward" in text and "hola_forward" not in text
+    assert len(caplog.records) == 2 and all("in two kernels: window=480" in r.message for r in caplog.records)
 
 
 def test_a_bare_call_beside_several_tpus_runs_by_xla_and_says_so(as_on_a_tpu, caplog):

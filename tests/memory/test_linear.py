@@ -212,16 +212,22 @@ def test_padding_alone_changes_nothing() -> None:
             assert list(after.document) == [4, 4]
 
 
+BY = {"xla": xla, "kernels": by_kernels}
+WAYS = [("gdn", "xla"), ("gla", "xla"), ("gdn", "kernels")]
+
+
 @pytest.mark.parametrize("value", (np.nan, np.inf))
 @pytest.mark.parametrize(
-    ("memory", "name"),
-    [(m, x) for m in ("gdn", "gla") for x in ("q", "k", "v", "beta", "log_decay") if m + x != "glabeta"],
+    ("memory", "way", "name"),
+    [(m, way, x) for m, way in WAYS for x in ("q", "k", "v", "beta", "log_decay") if m + x != "glabeta"],
 )
-def test_nan_spoils_its_own_document_from_its_token_on(memory: str, name: str, value: float) -> None:
+def test_nan_spoils_its_own_document_from_its_token_on(memory: str, way: str, name: str, value: float) -> None:
     clean, ids, state = tokens_of(memory), packed(), random_state()
-    expected, expected_state = whole(clean, ids, state)
+    expected, expected_state = whole(clean, ids, state, BY[way])
     at, head = 23, 1  # inside document 2 of row 0
-    given, after = whole(clean | {name: clean[name].at[0, at, head].set(value)}, ids, state)
+    bad = clean | {name: clean[name].at[0, at, head].set(value)}
+    gradients, (given, after) = with_gradients(BY[way], bad, ids, state, jnp.ones(T))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
     heads = [head] if clean[name].shape[2] == H else [2, 3]  # key head 1 serves value heads 2 and 3
     spoilt = np.zeros((B, T, H), bool)
     last = at + 1 if name == "q" else 35
@@ -235,9 +241,9 @@ def test_nan_spoils_its_own_document_from_its_token_on(memory: str, name: str, v
 def test_a_spoilt_state_ends_with_its_document() -> None:
     state = random_state()
     bad = LinearState(state.fast_weights.at[0, 2, 0, 0].set(jnp.nan), state.document)
-    for memory in ("gdn", "gla"):
-        expected, _ = whole(tokens_of(memory), packed(), state)
-        out, after = whole(tokens_of(memory), packed(), bad)
+    for memory, way in WAYS:
+        expected, _ = whole(tokens_of(memory), packed(), state, BY[way])
+        out, after = whole(tokens_of(memory), packed(), bad, BY[way])
         spoilt = np.zeros((B, T, H), bool)
         spoilt[0, 3:20, 2] = True
         np.testing.assert_array_equal(np.isnan(out).all(-1), spoilt)
