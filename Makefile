@@ -6,7 +6,7 @@
 #   make test-torch TORCH=FILE      a CPU build of torch; what PyPI has for Linux brings gigabytes of CUDA
 
 PYTHON ?=
-PYTEST ?= -n 2 --dist loadfile --max-worker-restart 0
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 TORCH ?= torch==2.13.0

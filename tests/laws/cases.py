@@ -36,10 +36,15 @@ def inputs(seed: int = 0, tokens: int = T, batch: int = B, dtype: str = "float32
     return [q, k, v, beta, -jnp.asarray(draw.uniform(size=(batch, tokens, H)), jnp.float32)]
 
 
-@functools.cache
 def compiled(config: MemoryConfig, implementation: str | None = None):
     """hola_memory under jit: (arrays, segment_ids, state, params) -> (out, state)."""
+    if implementation is None and jax.default_backend() == "cpu":
+        implementation = "xla"  # what is chosen there: one program, asked for or not
+    return _compiled(config, implementation)
 
+
+@functools.cache
+def _compiled(config: MemoryConfig, implementation: str | None):
     @jax.jit
     def run(arrays, segment_ids=None, state=None, params=PARAMS):
         options = {"config": config, "segment_ids": segment_ids, "state": state, "implementation": implementation}
@@ -50,18 +55,19 @@ def compiled(config: MemoryConfig, implementation: str | None = None):
 
 @functools.cache
 def compiled_gradient(config: MemoryConfig, implementation: str | None = None):
-    """Gradient of a nonlinear function of outputs and state, by inputs and parameters."""
+    """Gradient of a nonlinear function of outputs and state, by inputs and parameters; and (out, state), by one program."""
 
     def loss(arrays, params, segment_ids=None):
         out, state = compiled(config, implementation)(arrays, segment_ids, None, params)
         kept = jnp.sum(state.cache_values.astype(jnp.float32) ** 2) + jnp.sum(jnp.cos(state.cache_keys))
-        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.tanh(state.fast_weights)) + 0.1 * kept
+        total = jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.tanh(state.fast_weights)) + 0.1 * kept
+        return total, (out, state)
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
 def pieces(arrays: list, cuts: list[int]) -> list[list]:
-    edges = [0, *cuts, arrays[0].shape[1]]
+    edges, arrays = [0, *cuts, arrays[0].shape[1]], [np.asarray(x) for x in arrays]
     return [[x[:, a:b] for x in arrays] for a, b in itertools.pairwise(edges)]
 
 
@@ -74,7 +80,7 @@ def run_in_pieces(run, arrays: list, segment_ids, cuts: list[int], state=None):
             continue
         out, state = run(part[:5], part[5] if segment_ids is not None else None, state)
         outs.append(out)
-    return jnp.concatenate(outs, axis=1), state
+    return np.concatenate(outs, axis=1), state
 
 
 def assert_same_state(a: MemoryState, b: MemoryState, atol: float = 2e-5) -> None:

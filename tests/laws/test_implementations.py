@@ -1,4 +1,8 @@
-"""Law 8: every implementation is the reference, forward and backward, with the same tokens kept."""
+"""Law 8: every implementation is the reference, forward and backward, with the same tokens kept.
+
+Compiling is what takes the time. Outputs, state and gradients come from one program (the laws of splits and isolation run
+forward alone), and what differs in its numbers alone has the shapes of a variant.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +32,24 @@ VARIANTS = {
     "random": MemoryConfig(window=4, block=8, chunk=2, score="random", seed=7),
     "no-cache": MemoryConfig(window=0, block=8, chunk=4),
 }
+# The kernels take turns of their own, whatever the scan; and scores that are given, as in "write", are one way to them.
+CASES = [(variant, "xla") for variant in VARIANTS]
+CASES += [(variant, "interpret") for variant in VARIANTS if variant not in ("associative", "random")]
 
 
 def compare(config, implementation, arrays, segments, atol=2e-5, grad_atol=1e-4):
-    out, state = compiled(config, implementation)(arrays, segments)
-    expected, expected_state = compiled(config, "reference")(arrays, segments)
+    got, (out, state) = compiled_gradient(config, implementation)(arrays, PARAMS, segments)
+    wanted, (expected, expected_state) = compiled_gradient(config, "reference")(arrays, PARAMS, segments)
     assert_close(out, expected, atol)
     assert_same_state(state, expected_state, atol)
-    got = compiled_gradient(config, implementation)(arrays, PARAMS, segments)
-    wanted = compiled_gradient(config, "reference")(arrays, PARAMS, segments)
     names = ["q", "k", "v", "beta", "log_decay", *CacheParams._fields]
     for name, a, b in zip(names, jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert np.all(np.isfinite(np.asarray(a, np.float32))), name
         assert_close(a, b, grad_atol, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_implementation_is_the_reference(implementation, variant):
+@pytest.mark.parametrize(("variant", "implementation"), CASES)
+def test_implementation_is_the_reference(variant, implementation):
     if implementation == "interpret" and variant == "no-cache":
         with pytest.raises(NotImplementedError, match="window=0 keeps no cache"):
             compiled(VARIANTS[variant], implementation)(inputs(), None)
@@ -75,21 +79,18 @@ def test_extreme_gates_and_repeated_or_zero_keys_as_in_the_reference(implementat
     beta = jnp.asarray(draw.choice([0.0, 0.5, 1.0], beta.shape), jnp.float32)
     g = jnp.asarray(draw.choice([0.0, -50.0, -1e-3], g.shape), jnp.float32)
     # Exact repeats make exact residuals of zero, whose order is rounding: rank by position, which has none.
-    config = MemoryConfig(window=4, block=8, chunk=4, score="recency")
-    compare(config, implementation, [q, k, v, beta, g], None)
+    compare(VARIANTS["recency"], implementation, [q, k, v, beta, g], SEGMENTS)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_inputs_as_in_the_reference(implementation):
     arrays = inputs(6, dtype="bfloat16")
-    out, state = compiled(CONFIG, implementation)(arrays, SEGMENTS)
-    expected, expected_state = compiled(CONFIG, "reference")(arrays, SEGMENTS)
+    got, (out, state) = compiled_gradient(CONFIG, implementation)(arrays, PARAMS, SEGMENTS)
+    wanted, (expected, expected_state) = compiled_gradient(CONFIG, "reference")(arrays, PARAMS, SEGMENTS)
     assert out.dtype == jnp.bfloat16 and state.cache_keys.dtype == jnp.bfloat16
     assert state.fast_weights.dtype == jnp.float32
     assert_close(out, expected, atol=3e-2)  # one bfloat16 ulp near 4
     assert_same_state(state, expected_state, atol=2e-2)
-    got = compiled_gradient(CONFIG, implementation)(arrays, PARAMS, SEGMENTS)
-    wanted = compiled_gradient(CONFIG, "reference")(arrays, PARAMS, SEGMENTS)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b) + 1e-3
@@ -97,7 +98,7 @@ def test_bfloat16_inputs_as_in_the_reference(implementation):
 
 @pytest.mark.parametrize(
     ("tokens", "implementation"),
-    [(1, "xla"), (2, "xla"), (8, "xla"), (9, "xla"), (1, "interpret"), (8, "interpret"), (9, "interpret")],
+    [(1, "xla"), (8, "xla"), (9, "xla"), (1, "interpret"), (9, "interpret")],
 )
 def test_any_number_of_tokens(tokens, implementation):
     arrays = inputs(7, tokens)
@@ -110,8 +111,8 @@ def test_any_number_of_tokens(tokens, implementation):
 def test_ties_are_won_by_the_earlier_token():
     q, k, v, beta, g = inputs(8)
     arrays = [q, k, jnp.ones_like(v), jnp.full_like(beta, 0.5), g]
-    config = MemoryConfig(window=4, block=8, chunk=4, score="write")
+    config = VARIANTS["write"]
     for implementation in ("reference", *IMPLEMENTATIONS):
-        _, state = compiled(config, implementation)(arrays)
-        assert state.cache_positions.tolist() == [[[0, 1, 2, 3]] * 2] * 2
-    assert config.block < T
+        _, (_, state) = compiled_gradient(config, implementation)(arrays, PARAMS, np.ones_like(SEGMENTS))
+        assert state.cache_positions.tolist() == [[list(range(10))] * 2] * 2
+    assert config.window < T // config.block * config.block

@@ -25,7 +25,7 @@ def test_changing_one_document_leaves_the_others_bit_identical(implementation):
 
 
 @pytest.mark.parametrize("implementation", WAYS)
-@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 6), (3, 9)])
+@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 5), (3, 2)])  # one program for all
 def test_a_padded_row_gives_what_the_row_gives_alone(left, right, implementation):
     arrays = inputs(2)
     segments = np.zeros((B, T), np.int32)

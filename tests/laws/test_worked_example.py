@@ -13,15 +13,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-a-mixer.md"
 LAWS = [name for name in dir(test_mixers) if name.startswith("test_")]
 
 
-@pytest.fixture
-def average(monkeypatch):
+@pytest.fixture(scope="module")
+def average():
     """The page's class, under test as "average"; the configuration of another mixer serves it."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     names: dict = {}
     exec(compile(code, str(PAGE), "exec"), names)
-    monkeypatch.setitem(test_mixers.CLASSES, "average", names["Average"])
-    monkeypatch.setattr(test_mixers, "small", lambda mixer, **fields: small("gla", **fields))
-    yield "average"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(test_mixers.CLASSES, "average", names["Average"])
+        patch.setattr(test_mixers, "small", lambda mixer, **fields: small("gla", **fields))
+        yield "average"
     test_mixers.case.cache_clear()
 
 

@@ -229,8 +229,17 @@ for call, kernels in ((read, 1), (jax.grad(loss, argnums=(0, 1, 2, 4)), 2)):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles, is not installed")
-@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 256), ("float32", 256), ("bfloat16", 64), ("bfloat16", 128)])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    ("topology", "dtype", "width"),
+    [
+        ("v5e:2x2", "bfloat16", 256),
+        ("v5p:2x2x1", "bfloat16", 256),
+        ("v6e:2x2", "bfloat16", 256),
+        ("v5e:2x2", "float32", 256),
+        ("v5e:2x2", "bfloat16", 64),
+        ("v5e:2x2", "bfloat16", 128),
+    ],
+)
 def test_both_kernels_compile_within_the_default_limit(topology, dtype, width):
     """In a process of its own: libtpu is loaded once and reads the environment."""
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

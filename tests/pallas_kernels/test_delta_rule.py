@@ -44,15 +44,24 @@ def documents(length):
     return jnp.asarray(ids)
 
 
-def gradients(run, arrays, **options):
-    """Gradients of a nonlinear function of outputs and final state, by every input."""
+@functools.cache
+def gradient_of(run):
+    """One program for all cases that differ in their numbers alone."""
 
-    def loss(*arrays):
+    def loss(arrays, options):
         *tokens, initial = arrays
         out, _, final = run(*tokens, scale=SCALE, initial=initial, **options)
         return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.tanh(final))
 
-    return jax.jit(jax.grad(loss, argnums=tuple(range(6))))(*arrays)
+    return jax.jit(jax.grad(loss))
+
+
+def gradients(run, arrays, **options):
+    """Gradients of a nonlinear function of outputs and final state, by every input."""
+    return gradient_of(run)(arrays, options)
+
+
+interpreted = functools.partial(delta_rule, interpret=True)
 
 
 def close(actual, expected, tolerance, name=""):
@@ -91,7 +100,8 @@ def test_outputs_are_those_of_the_specification():
     length = 70
     *tokens, initial = inputs(length)
     ids, document = documents(length), jnp.array([1, 1])
-    actual = delta_rule(*tokens, scale=SCALE, documents=ids, initial=initial, initial_document=document, interpret=True)
+    given = {"scale": SCALE, "documents": ids, "initial": initial, "initial_document": document}
+    actual = jax.jit(functools.partial(interpreted, **given))(*tokens)
     out, final = linear_reference(*tokens, SCALE, ids, initial, document)
     close(actual.out, out, 2e-5)
     close(actual.final, final, 2e-5)
@@ -104,7 +114,7 @@ def test_extreme_gates_repeated_keys_and_keys_of_zeros(gate, beta):
     k = k.at[:, 10:60].set(k[:, 10:11]).at[:, 70:75].set(0.0)
     gates = jnp.full((2, length, 2), beta), jnp.full((2, length, 2), gate)
     arrays = [q, k, v, *gates, initial]
-    actual, expected = (gradients(run, arrays) for run in (functools.partial(delta_rule, interpret=True), plain))
+    actual, expected = (gradients(run, arrays) for run in (interpreted, plain))
     for a, b in zip(actual, expected, strict=True):
         close(a, b, 3e-5)
 
@@ -114,7 +124,9 @@ def test_nothing_is_read_before_it_is_written_on_a_simulated_chip():
     *tokens, initial = inputs(140)
     given = {"scale": SCALE, "documents": documents(140), "initial": initial}
     simulated = pltpu.InterpretParams(uninitialized_memory="nan")
-    close(delta_rule(*tokens, **given, interpret=simulated).out, plain(*tokens, **given).out, 1e-5)
+    runs = (functools.partial(delta_rule, interpret=simulated), plain)
+    found, wanted = (jax.jit(functools.partial(run, **given))(*tokens).out for run in runs)
+    close(found, wanted, 1e-5)
 
 
 def test_the_kernels_move_little_more_than_the_floor():
@@ -155,7 +167,7 @@ def test_a_document_does_not_see_another():
     *tokens, initial = inputs(length)
     ids = documents(length)
     changed = [jnp.where((ids == 1).reshape(ids.shape + (1,) * (x.ndim - 2)), x * 0.5, x) for x in tokens]
-    run = functools.partial(delta_rule, scale=SCALE, documents=ids, initial=initial, interpret=True)
+    run = jax.jit(functools.partial(interpreted, scale=SCALE, documents=ids, initial=initial))
     before, after = np.asarray(run(*tokens).out), np.asarray(run(*changed).out)
     others = np.asarray(ids) > 1
     np.testing.assert_array_equal(before[others], after[others])

@@ -58,16 +58,21 @@ def exact(q, k, v, *gates, normalise, **given):
     return plain(q, k, v, *gates, **given)
 
 
-def both(run, arrays, **given):
-    """Outputs, magnitudes and final state, and the gradients of a nonlinear function of them by every input."""
+@functools.cache
+def both(which, normalise, magnitude):
+    """A program: the gradients of a nonlinear function of outputs and final state by every input; outputs, magnitudes and
+    final state. One for all cases that differ in their numbers alone."""
+    run = exact
+    if which == "kernel":
+        simulator = plgpu.InterpretGPUParams(detect_races=True)
+        run = functools.partial(delta_rule, interpret=simulator, out_dtype="float32")
 
-    def loss(*arrays):
+    def loss(arrays, given):
         *tokens, initial = arrays
-        result = run(*tokens, scale=SCALE, initial=initial, **given)
+        result = run(*tokens, scale=SCALE, initial=initial, normalise=normalise, magnitude=magnitude, **given)
         return jnp.sum(jnp.sin(result.out.astype(jnp.float32))) + jnp.sum(jnp.tanh(result.final)), result
 
-    found, results = jax.jit(jax.grad(loss, argnums=tuple(range(6)), has_aux=True))(*arrays)
-    return results, found
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def close(actual, expected, tolerance, name=""):
@@ -77,10 +82,9 @@ def close(actual, expected, tolerance, name=""):
     np.testing.assert_allclose(actual, expected, atol=tolerance * size, rtol=tolerance, err_msg=name)
 
 
-def agree(arrays, **given):
-    simulator = plgpu.InterpretGPUParams(detect_races=True)
-    kernel = functools.partial(delta_rule, interpret=simulator, out_dtype="float32")
-    (actual, found), (expected, wanted) = (both(run, arrays, **given) for run in (kernel, exact))
+def agree(arrays, *, normalise, magnitude, **given):
+    programs = (both(which, normalise, magnitude) for which in ("kernel", "xla"))
+    (found, actual), (wanted, expected) = (run(arrays, given) for run in programs)
     close(actual.magnitude, expected.magnitude, FORWARD, "magnitude")
     close(actual.final, expected.final, FORWARD, "final")
     close(actual.out, expected.out, BACKWARD, "out")

@@ -18,7 +18,7 @@ def start(folder, *overrides, devices=1, before=(), **options):
     return subprocess.Popen(command, **{**pipes, **options})
 
 
-def finish(process, timeout=240):
+def finish(process, timeout=600):
     """(exit code, what it said)."""
     said, _ = process.communicate(timeout=timeout)
     return process.returncode, said

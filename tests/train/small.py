@@ -37,9 +37,8 @@ def one_device(mixer="hola", **options):
     return training(MeshConfig(), mixer, jax.devices()[:1], **options)
 
 
-def trace(train, steps=STEPS, state=None):
+def trace(train, compiled, steps=STEPS, state=None):
     """(metrics of each step, state after the last)."""
-    compiled = train.lower(ROWS, TOKENS).compile()
     state = train.layout.init(0) if state is None else state
     metrics = []
     for number in range(steps):

@@ -1,4 +1,7 @@
-"""Two processes of four devices each, over loopback: one run, and an end for the one whose other half is gone."""
+"""Two processes of four devices each, over loopback: one run, and an end for the one whose other half is gone.
+
+To compile takes longer than all else here, so runs are of as many steps where they can be, and share their programs.
+"""
 
 import json
 import shutil
@@ -12,6 +15,26 @@ import pytest
 from tests.train.processes import finish, losses, run, start
 
 pytestmark = pytest.mark.slow
+RECIPE = ["--steps=12", "--checkpoint.every=6", "--eval_every=12", "--eval_batches=2"]
+# How a run ends does not depend on its mixer, and this one compiles in a third of the time.
+QUICK = ["--model.mixer=transformer", "--model.max_length=16"]
+ENDLESS = [*QUICK, "--steps=1000000", "--checkpoint.every=1000000"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax_cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of a run of one process of one device."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    code, said = run(folder, *RECIPE)
+    assert code == 0, said
+    return folder
 
 
 def free_port():
@@ -26,39 +49,40 @@ def start_both(folder, *overrides):
 
 
 @pytest.mark.parametrize("mesh", [["--mesh.fsdp=4"], ["--mesh.fsdp=4", "--mesh.sequence=2", "--mesh.data=1"]])
-def test_two_processes_are_one(tmp_path, mesh):
-    recipe = ["--steps=12", "--checkpoint.every=6", "--eval_every=12", "--eval_batches=2"]
-    assert run(tmp_path / "one", *recipe)[0] == 0
-    expected = losses(tmp_path / "one")
-    for code, said in map(finish, start_both(tmp_path / "two", *recipe, *mesh)):
+def test_two_processes_are_one(tmp_path, mesh, one):
+    expected = losses(one)
+    for code, said in map(finish, start_both(tmp_path / "two", *RECIPE, *mesh)):
         assert code == 0, said
     np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-5)
     # From the middle on by one process of one device: the same rows, the same losses.
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "12")
-    code, said = run(tmp_path / "two", *recipe)
+    code, said = run(tmp_path / "two", *RECIPE)
     assert code == 0 and "from step 6, row 48 of the data" in said, said
     np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-5)
-    held_out = [json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("one", "two")]
+    held_out = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (one, tmp_path / "two")]
     assert len(expected) == 12 and np.isclose(*(record["held_out_loss"] for record in held_out), rtol=1e-5)
 
 
-def test_sigterm_to_one_saves_and_stops_both(tmp_path):
-    both = start_both(tmp_path / "run", "--steps=1000000", "--checkpoint.every=1000000")
-    limit = time.monotonic() + 120
-    while len(losses(tmp_path / "run")) < 5 and time.monotonic() < limit:
+def until(folder, steps, seconds=300):
+    limit = time.monotonic() + seconds
+    while len(losses(folder)) < steps and time.monotonic() < limit:
         time.sleep(0.1)
+
+
+def test_sigterm_to_one_saves_and_stops_both(tmp_path):
+    both = start_both(tmp_path / "run", *ENDLESS)
+    until(tmp_path / "run", 5)
     both[1].send_signal(signal.SIGTERM)
     for code, said in map(finish, both):
         assert code == 75, said
-    assert "from step" in run(tmp_path / "run", f"--steps={len(losses(tmp_path / 'run'))}")[1]
+    stopped = losses(tmp_path / "run")[-1][0]
+    assert f"from step {stopped}" in run(tmp_path / "run", *QUICK, f"--steps={stopped}")[1]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_ends_the_other_with_a_word(tmp_path, victim):
-    both = start_both(tmp_path / "run", "--cluster.heartbeat=10", "--cluster.step_timeout=30", "--steps=1000000")
-    limit = time.monotonic() + 120
-    while len(losses(tmp_path / "run")) < 5 and time.monotonic() < limit:
-        time.sleep(0.1)
+    both = start_both(tmp_path / "run", "--cluster.heartbeat=10", "--cluster.step_timeout=30", *ENDLESS)
+    until(tmp_path / "run", 5)
     both[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     code, said = finish(both[1 - victim], timeout=90)
