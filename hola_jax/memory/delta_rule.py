@@ -303,7 +303,7 @@ def delta_rule_token(
 
     Rows of the batch that are said to begin find an empty state. What key and query find in the old state is one pass over
     it, and the new state another: the query finds there what it found in the old one, and of the write what it shares with
-    the key. Sums, not products: a matrix unit has no use for one row.
+    the key.
     """
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     keep = jnp.exp(log_decay if log_decay.ndim == 3 else log_decay[..., None])
@@ -311,7 +311,9 @@ def delta_rule_token(
     def of_old(x: Array) -> Array:
         return x if begins is None else jnp.where(begins.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)
 
-    expected, found = (of_old(jnp.sum((x * keep)[..., None] * state, axis=2)) for x in (k, q))
+    both = jnp.stack([k * keep, q * keep], axis=2)
+    both = of_old(jnp.einsum("bhxk,bhkv->bhxv", both, state, precision=HIGHEST))
+    expected, found = both[:, :, 0], both[:, :, 1]
     error = v - expected
     write = beta[..., None] * error
     state = of_old(keep[..., None] * state) + k[..., None] * write[..., None, :]
