@@ -298,4 +298,5 @@ def test_both_kernels_compile_within_the_default_limit(topology, dtype, width, k
     command = [sys.executable, "-c", COMPILE, topology, dtype, str(width), str(key_heads), continued]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) < (128 if continued == "memory" else 300) * 2**20
+    # Of the whole memory's, two times 32 MiB are for turning outputs and their gradient heads apart, as this script does.
+    assert int(done.stdout.split()[-1]) < (192 if continued == "memory" else 300) * 2**20
