@@ -10,6 +10,7 @@ from typing import Any
 from hola_jax import ModelConfig
 from train.mesh import MeshConfig
 from train.optimizer import OptimizerConfig
+from train.whole import write_whole
 
 
 class RunError(RuntimeError):
@@ -133,6 +134,5 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def write(config: TrainConfig, folder: Path, command: list[str], versions: dict[str, str]) -> None:
     """The resolved configuration beside the run, with the command that gives it again."""
-    folder.mkdir(parents=True, exist_ok=True)
     values = {"command": " ".join(command), "versions": versions, "config": as_dict(config)}
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(values, indent=2) + "\n")

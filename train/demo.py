@@ -25,6 +25,7 @@ from train.overrides import override, pairs
 from train.progress import clock
 from train.trained import trained
 from train.weights import look
+from train.whole import write_whole
 
 SHOWN = 16  # blocks of the file on the page
 LEAST = 8  # tokens of a file in which something may be repeated
@@ -92,9 +93,9 @@ class Demo:
         said = sentences(measured, ROWS, recipe.model.memory, texts)
         say("\n" + "\n".join([table(measured, ROWS, texts), what_is_asked(texts), "", *said]))
         results = {"config": as_dict(recipe), "models": as_json(measured, texts), "found": said}
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
         page = folder / "page.html"
-        page.write_text(picture(models["hola"], measured, said, texts, recipe))
+        write_whole(page, picture(models["hola"], measured, said, texts, recipe))
         say(f"\n{page} shows what HOLA's cache kept; open it in a browser. Done in {clock(time.monotonic() - start)}.")
 
     def recipe(self) -> TrainConfig:

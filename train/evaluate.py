@@ -15,6 +15,7 @@ import tyro
 from hola_jax.evals import Cell, ModelScorer, Setting, prepare, report
 from train.data import tokenizers
 from train.progress import Progress
+from train.whole import write_whole
 
 if TYPE_CHECKING:
     from train.weights import Saved
@@ -76,8 +77,7 @@ class Evaluate:
             print("\n" + lengths)
         name = "results.json" if saved.step is None else f"step_{saved.step}.json"
         path = Path(self.output or saved.folder / "evals" / name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**about, "results": records}, indent=2) + "\n")
+        write_whole(path, json.dumps({**about, "results": records}, indent=2) + "\n")
         print(f"\n{path}")
 
     def _setting(self, saved: Saved, tokenizer: tokenizers.Tokenizer) -> Setting:

@@ -28,6 +28,7 @@ from train.metrics import Meter, Record
 from train.progress import Progress
 from train.report import Report, report
 from train.step import Training
+from train.whole import write_whole
 from train.writers import open_writers
 
 
@@ -70,7 +71,7 @@ class Run:
         for line in self.report.lines():
             self.say(line)
         if self.main:
-            (self.folder / "report.json").write_text(json.dumps(dataclasses.asdict(self.report), indent=2) + "\n")
+            write_whole(self.folder / "report.json", json.dumps(dataclasses.asdict(self.report), indent=2) + "\n")
 
     def about(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of itself besides the state."""

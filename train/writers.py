@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from train.metrics import Record
+from train.whole import write_whole
 
 
 class Writer(Protocol):
@@ -23,10 +24,7 @@ class JsonLines:
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resumed_at]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(line + "\n" for line in kept))
-        fresh.replace(path)
+        write_whole(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a")
 
     def write(self, record: Record) -> None:

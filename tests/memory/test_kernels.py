@@ -129,7 +129,7 @@ def test_heads_that_do_not_divide_over_devices_are_no_work_for_kernels():
         on_tpu(PAPER, "pallas", parts=3)
 
 
-def traced(implementation=None, width=64, window=8):
+def traced(implementation=None, width=64, window=16):
     """The jaxpr of a bare call whose shapes the kernels take; nothing is computed."""
     shapes = [(1, 128, 2, width)] * 3 + [(1, 128, 2)] * 2
     params = CacheParams(*[jax.ShapeDtypeStruct((n,), jnp.float32) for n in (width, width, 2, 2)])

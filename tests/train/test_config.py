@@ -14,6 +14,7 @@ from train import cli
 from train.config import as_dict, differences, flat, write
 from train.data.config import LibraryText, Mixture, Records
 from train.overrides import from_dict, load, override, pairs
+from train.whole import write_whole
 from train.writers import JsonLines, open_writers
 
 CONFIG = tiny_config("run")
@@ -157,3 +158,18 @@ def test_a_folder_without_a_run_or_of_another_version_is_named(tmp_path):
         load(str(tmp_path))
     with pytest.raises(ValueError, match="TrainConfig has no setting stepz; was it written by another version"):
         from_dict(type(CONFIG), {**as_dict(CONFIG), "stepz": 1})
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "config.json"
+    write_whole(path, "before")
+
+    def half(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(type(path), "write_text", half)
+    with pytest.raises(OSError, match="too large"):
+        write_whole(path, "afterwards")
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("config.json", "before")]

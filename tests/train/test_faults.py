@@ -119,7 +119,7 @@ def test_a_full_disk_stops_with_a_word_and_leaves_older_checkpoints(tmp_path, wh
     again = ["--checkpoint.every=2", "--log_every=1000"]
     # Compiled programs are read as ever, and none is written: that is not what is to fail.
     small = {"env": dict(os.environ, TINY_DEVICES="1", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1000")}
-    code, said = finish(start(folder, *again, before=small_disk(4), **small))
+    code, said = finish(start(folder, *again, before=small_disk(8), **small))
     assert code == 1 and "could not be written" in said and "those of steps 190, 195 are intact" in said, said
     assert "200/200" in said and "its last checkpoint is not written" in said  # it trained on to the end
     code, said = run(folder, *again)

@@ -16,6 +16,7 @@ from train.plan.compile import Plan, compile_plan
 from train.plan.search import Candidate, candidates
 from train.plan.show import estimates, lines, table
 from train.plan.topology import EXAMPLES, Topology, topology
+from train.whole import write_whole
 
 ABOUT = f"""Compiles the training step that CONFIG describes for chips that are not there, and says what each of them needs.
 Settings are changed by name as in `hola train`, such as --global-batch=512 --mesh.fsdp=16 --model.remat=full.
@@ -79,8 +80,7 @@ def save(path: Path, config: TrainConfig, found: Plan, plans: list[Plan], argume
         "compiled": [dataclasses.asdict(plan) for plan in plans],
         "config": as_dict(config),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def plan(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from train.study.config import Study
 from train.study.plot import svg
 from train.study.results import Results, curves, table
+from train.whole import write_whole
 
 
 def section(study: Study, results: Results, command: str, plot: str | None) -> list[str]:
@@ -32,7 +33,7 @@ def write_page(page: Path, study: Study, results: Results, folder: Path, command
     plot = None
     if found:
         picture = folder.parent / f"{name}.svg"
-        picture.write_text(svg(found, "tokens seen", "held-out nats a token"))
+        write_whole(picture, svg(found, "tokens seen", "held-out nats a token"))
         plot = Path(os.path.relpath(picture, page.parent)).as_posix()
     begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
     whole = "\n".join([begin, *section(study, results, command, plot), end])
@@ -44,7 +45,4 @@ def write_page(page: Path, study: Study, results: Results, folder: Path, command
         text = before + whole + rest.partition(end)[2]
     else:
         text = text.rstrip("\n") + "\n\n" + whole + "\n"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    fresh = page.with_suffix(".tmp")
-    fresh.write_text(text)
-    fresh.replace(page)
+    write_whole(page, text)

@@ -10,17 +10,14 @@ from typing import Any
 
 from train.config import differences
 from train.study.config import Cell, Study
+from train.whole import write_whole
 
 Result = dict[str, Any]
 Results = dict[Cell, Result]
 
 
 def write_result(folder: Path, cell: Cell, result: Result) -> None:
-    """Whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{cell.name}.tmp"
-    fresh.write_text(json.dumps(result, indent=1) + "\n")
-    fresh.replace(folder / f"{cell.name}.json")
+    write_whole(folder / f"{cell.name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def read_results(study: Study, folder: Path) -> Results:
