@@ -43,7 +43,7 @@ FULL = TrainConfig(
     data=LibraryText(),
     optimizer=OptimizerConfig(peak=3e-3, warmup=40),
     checkpoint=CheckpointConfig(every=100, keep=1, keep_best=0),
-    steps=600,
+    steps=450,
     global_batch=4,
     row=512,
     loss_chunk=512,

@@ -63,7 +63,7 @@ def saving(folder):
 def test_kills_at_random_moments_change_no_loss(tmp_path, undisturbed):
     """Every second one while a checkpoint is written."""
     folder, draw, during_a_save = tmp_path / "run", random.Random(0), 0
-    for number in range(6):
+    for number in range(4):
         process = start(folder, "--checkpoint.every=5", stdout=None, stderr=None)
         goal = reached(folder) + draw.randint(3, 26)
         until(lambda goal=goal: reached(folder) >= goal, process)

@@ -48,9 +48,9 @@ def start_both(folder, *overrides):
     return [start(folder, *together, f"--cluster.process={number}", *overrides, devices=4) for number in (0, 1)]
 
 
-@pytest.mark.parametrize("mesh", [["--mesh.fsdp=4"], ["--mesh.fsdp=4", "--mesh.sequence=2", "--mesh.data=1"]])
-def test_two_processes_are_one(tmp_path, mesh, one):
-    expected = losses(one)
+def test_two_processes_are_one(tmp_path, one):
+    """Rows and parameters are divided between the processes, and a row's tokens inside of each."""
+    expected, mesh = losses(one), ["--mesh.fsdp=4", "--mesh.sequence=2", "--mesh.data=1"]
     for code, said in map(finish, start_both(tmp_path / "two", *RECIPE, *mesh)):
         assert code == 0, said
     np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-5)
