@@ -5,9 +5,8 @@ import pytest
 
 from hola_jax.inference import GREEDY, Prefix
 from tests.inference.models import generator, model
+from tests.laws.mixers import MIXERS
 
-# What is remembered differs in kind; mixers of one kind differ in their layers, whose laws are in tests/laws.
-KINDS = ["hola", "gated_deltanet", "kda", "gsa", "transformer"]
 LONG = "It was the best of times, it was the worst"  # 42 bytes: three pieces, the last not full
 TOLERANCE = 2e-5  # float32, sums of some dozens of terms near 1 taken in another order
 
@@ -16,7 +15,7 @@ def logits(prefix: Prefix) -> np.ndarray:
     return np.asarray(prefix.memory.logits)[: len(prefix)]
 
 
-@pytest.mark.parametrize("mixer", KINDS)
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_reading_and_writing_obey_the_laws(mixer: str) -> None:
     """Law 1: in pieces, split anywhere or token by token, a prefix leaves what one call over it would. Law 3: nor does it
     matter what stands in the other row, and padding least of all: bitwise. Law 6: the memory has one size."""
