@@ -126,6 +126,20 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     assert said.count("bad.0 ended with 1") == 2 and said.count("done [") == 2
 
 
+def test_a_run_of_another_study_is_not_made_twice(tmp_path, capsys):
+    file = written(tmp_path)
+    study = load(file)
+    for cell in study.cells():
+        write_result(tmp_path / "results" / "other", Cell(f"their-{cell.row}", cell.seed), made_up(study, cell, 2.0))
+    (tmp_path / "results" / "other" / "broken.0.json").write_text("no result")
+    RunStudy((file,), results=str(tmp_path / "results"), runs=str(tmp_path / "runs")).run()
+    said = capsys.readouterr()
+    assert "hola.1 is the run of" in said.err and "their-hola.1.json" in said.err and "are left" not in said.out
+    results = read_results(study, tmp_path / "results" / "small")
+    assert [results[cell]["row"] for cell in study.cells()] == [cell.row for cell in study.cells()]
+    assert not any((tmp_path / "runs").rglob("*.log"))
+
+
 def test_the_table_compares_seed_by_seed(tmp_path):
     study = load(written(tmp_path))
     results = {

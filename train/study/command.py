@@ -17,7 +17,7 @@ from train.config import RunError
 from train.progress import clock
 from train.study.config import Cell, Study, load
 from train.study.page import write_page
-from train.study.results import Results, read_results, table
+from train.study.results import Results, read_results, same_run, table, write_result
 
 TRIES = 2  # of a run: what killed the first, if it was from outside, does not kill the next
 
@@ -60,6 +60,8 @@ class RunStudy:
         for file, study in studies.items():
             done = read_results(study, self._folder(file))
             left = [cell for cell in wanted[file] if cell not in done]
+            if not self.show:
+                left = [cell for cell in left if not self._taken(study, cell, self._folder(file))]
             if left and not self.show:
                 failed += Workers(file, self._folder(file), Path(self.runs) / Path(file).stem, self.jobs).run(left)
             self._tell(file, study, read_results(study, self._folder(file)))
@@ -68,6 +70,14 @@ class RunStudy:
 
     def _folder(self, file: str) -> Path:
         return Path(self.results) / Path(file).stem
+
+    def _taken(self, study: Study, cell: Cell, folder: Path) -> bool:
+        """Whether another study had the same run, whose result is this cell's now."""
+        found = same_run(study, cell, folder)
+        if found is not None:
+            write_result(folder, cell, found[1])
+            print(f"{cell.name} is the run of {found[0]}", file=sys.stderr, flush=True)
+        return found is not None
 
     def _wanted(self, study: Study) -> list[Cell]:
         for name, asked, known in (("only", self.only, study.rows), ("seeds", self.seeds, study.seeds)):

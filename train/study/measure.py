@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,29 +38,31 @@ def measured(model: LanguageModel, measure: Measure, row: int) -> Measured:
     if not count:
         raise ValueError(f"the held-out rows of {measure.source} are shorter than {length} tokens; ask for less")
     structure, params = nnx.split(model)
-
-    @jax.jit
-    def sums(batch: dict[str, Array]) -> tuple[Array, Array, Array]:
-        whole = nnx.merge(structure, params)
-        hidden, _ = whole.hidden(batch["tokens"], batch["segment_ids"])
-
-        def of_row(part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            hidden, targets, mask = part
-            logits = whole.head(hidden)
-            chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-            nats = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-            return jnp.sum(nats), jnp.sum(mask & (jnp.argmax(logits, axis=-1) == targets)), jnp.sum(mask)
-
-        nats, hits, counted = lax.map(of_row, (hidden, batch["targets"], batch["mask"]))
-        return jnp.sum(nats), jnp.sum(hits), jnp.sum(counted)
-
     size = max(1, min(TOKENS // length, count))
     total = np.zeros(3)
     for start in range(0, count, size):
         found = [rows[number] for number in range(start, min(start + size, count))]
         batch = inputs({name: np.stack([each[name] for each in found]) for name in found[0]})
         short = size - len(found)  # the last batch is filled with rows of which nothing counts
-        total += np.array(sums({name: np.pad(x, [(0, short), (0, 0)]) for name, x in batch.items()}), float)
+        filled = {name: np.pad(x, [(0, short), (0, 0)]) for name, x in batch.items()}
+        total += np.array(_sums(structure, params, filled), float)
     if not total[2]:
         raise ValueError(f"no token of the held-out rows of {measure.source} counts")
     return Measured(total[0] / total[2], total[1] / total[2], int(total[2]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(structure: nnx.GraphDef[LanguageModel], params: Any, batch: dict[str, Array]) -> tuple[Array, ...]:
+    """Nats, hits and number of the tokens that count; compiled once for all measures of one shape."""
+    model = nnx.merge(structure, params)
+    hidden, _ = model.hidden(batch["tokens"], batch["segment_ids"])
+
+    def of_row(part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        hidden, targets, mask = part
+        logits = model.head(hidden)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        nats = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+        return jnp.sum(nats), jnp.sum(mask & (jnp.argmax(logits, axis=-1) == targets)), jnp.sum(mask)
+
+    nats, hits, counted = lax.map(of_row, (hidden, batch["targets"], batch["mask"]))
+    return jnp.sum(nats), jnp.sum(hits), jnp.sum(counted)

@@ -45,6 +45,19 @@ def read_results(study: Study, folder: Path) -> Results:
     return found
 
 
+def same_run(study: Study, cell: Cell, folder: Path) -> tuple[Path, Result] | None:
+    """A result of another study beside `folder` that was made with the very settings of the cell, and where it is."""
+    settings = json.loads(json.dumps(study.settings(cell)))
+    for path in sorted(folder.parent.glob("*/*.json")):
+        try:
+            result = json.loads(path.read_text())
+            if result["settings"] == settings:
+                return path, {**result, "row": cell.row}
+        except (ValueError, KeyError, TypeError):
+            continue  # no result of a study; the study whose folder it is in says so
+    return None
+
+
 def value(study: Study, measure: str, result: Result) -> float:
     """What the table shows of a measure."""
     numbers = result["measures"][measure]
