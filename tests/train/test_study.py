@@ -1,5 +1,6 @@
 """Studies: what is done stays done, what is killed is made again, what does not belong is refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -166,6 +167,12 @@ def test_a_page_keeps_its_prose(tmp_path):
     assert text.startswith("# What was found\n\nProse.") and text.endswith("\nMore prose.\n")
     assert "2 of 4 runs are done" in text and "1 of 4 runs" not in text and text.count("### A small study") == 1
     assert "(results/small.svg)" in text and (tmp_path / "docs/results/small.svg").read_text().startswith("<svg")
+    longer = dataclasses.replace(study.measures["hits"], length=64)
+    both = dataclasses.replace(study, measures={**study.measures, "far": longer}, across=("hits", "far"))
+    write_page(page, both, {cell: made_up(both, cell) for cell in both.cells()}, folder, "hola study small.py")
+    assert "(results/small-lengths.svg)" in page.read_text()
+    picture = (tmp_path / "docs/results/small-lengths.svg").read_text()
+    assert ">16</text>" in picture and ">64</text>" in picture and ">accuracy</text>" in picture
     page.write_text(text.replace("<!-- end of study small -->", ""))
     with pytest.raises(ValueError, match="put that back"):
         write_page(page, study, results, folder, "hola study small.py")
@@ -179,6 +186,9 @@ def test_a_plot_has_a_line_for_each_name_where_all_runs_have_points():
     line = text.split('points="')[2].split('"')[0]
     assert len(line.split()) == 2
     assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    ends = [svg({"a": [[(1, 0.0), (4, 1.0), (16, 2.0)]]}, "x", "y", logarithmic=log) for log in (False, True)]
+    middles = [float(end.split('points="')[2].split()[1].split(",")[0]) for end in ends]
+    assert middles[0] < middles[1] == pytest.approx((64 + 640 - 150) / 2)
     with pytest.raises(ValueError, match="nothing to plot"):
         svg({"a": [[(0, 1.0)], [(1, 1.0)]]}, "x", "y")
 
@@ -214,6 +224,8 @@ def test_what_is_wrong_with_a_study_is_said_before_it_runs(tmp_path):
         ({"rows": {"a b": {}}}, "names files"),
         ({"rows": {"a": {"model.mxier": "hola"}}}, "row a: --model.mxier is no setting .* --model.mixer"),
         ({"seeds": (1, 1)}, "one twice"),
+        ({"across": ("far",)}, "names 'far'; the study measures hits, perplexity"),
+        ({"across": ("hits", "perplexity")}, "show different things"),
     ):
         with pytest.raises(ValueError, match=words):
             Study(**{**{name: getattr(study, name) for name in study.__dataclass_fields__}, **wrong})

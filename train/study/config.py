@@ -56,6 +56,7 @@ class Study:
     rows       name: the settings that make the row, by the names of the command line ({"model.mixer": "gated_deltanet"});
                the others are compared with the first
     measures   name of a column: what stands in it
+    across     names of measures that differ in the length of their rows, to be plotted against it
     """
 
     title: str
@@ -63,6 +64,7 @@ class Study:
     base: TrainConfig
     rows: dict[str, dict[str, Any]]
     measures: dict[str, Measure]
+    across: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,13 @@ class Study:
         for row in self.rows:
             if not NAME.fullmatch(row):
                 raise ValueError(f"the row {row!r} names files; use letters, digits and + - . _ alone")
+        for name in self.across:
+            if name not in self.measures:
+                raise ValueError(f"Study.across names {name!r}; the study measures {', '.join(self.measures)}")
+        if len({self.measures[name].shows for name in self.across}) > 1:
+            raise ValueError(
+                "the measures of Study.across show different things; one plot has accuracies or perplexities"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"the seeds {self.seeds} name one twice")
         for cell in self.cells():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from html import escape
 
 Curve = list[tuple[float, float]]
@@ -19,9 +20,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def svg(curves: dict[str, list[Curve]], x_name: str, y_name: str) -> str:
-    """Points of a name that not all of its runs have are left out."""
+def svg(curves: dict[str, list[Curve]], x_name: str, y_name: str, *, logarithmic: bool = False) -> str:
+    """Points of a name that not all of its runs have are left out. `logarithmic` is what lies across."""
     lines = {name: _together(runs) for name, runs in curves.items()}
+    scale: Callable[[float], float] = math.log2 if logarithmic else float
     points = [(x, y) for line in lines.values() for x, values in line for y in values]
     if not points:
         raise ValueError("there is nothing to plot: no curve has a point that all of its runs have")
@@ -30,7 +32,7 @@ def svg(curves: dict[str, list[Curve]], x_name: str, y_name: str) -> str:
     right, bottom = WIDTH - LEGEND, HEIGHT - BELOW
 
     def place(x: float, y: float) -> str:
-        across = (x - x_low) / ((x_high - x_low) or 1.0)
+        across = (scale(x) - scale(x_low)) / ((scale(x_high) - scale(x_low)) or 1.0)
         up = (y - y_low) / ((y_high - y_low) or 1.0)
         return f"{LEFT + across * (right - LEFT):.1f},{bottom - up * (bottom - TOP):.1f}"
 
@@ -42,7 +44,7 @@ def svg(curves: dict[str, list[Curve]], x_name: str, y_name: str) -> str:
         left, at = place(x_low, y).split(",")
         parts.append(f'<path d="M{left} {at}H{right}" stroke="#ddd"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{float(at) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    for x in ticks(x_low, x_high):
+    for x in sorted({x for x, _ in points}) if logarithmic else ticks(x_low, x_high):
         at = place(x, y_low).split(",")[0]
         parts.append(f'<text x="{at}" y="{bottom + 18}" text-anchor="middle">{_short(x)}</text>')
     for number, (name, line) in enumerate(lines.items()):

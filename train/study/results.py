@@ -101,3 +101,13 @@ def curves(study: Study, results: Results) -> dict[str, list[list[tuple[float, f
         if result["curve"]:
             found.setdefault(cell.row, []).append([(x, y) for x, y in result["curve"]])
     return {row: found[row] for row in study.rows if row in found}
+
+
+def lengths(study: Study, results: Results) -> dict[str, list[list[tuple[float, float]]]]:
+    """{row: for each seed what `study.across` measured}, against the length of the measured rows."""
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    for cell, result in results.items():
+        points = [(study.measures[name].length or study.base.row, value(study, name, result)) for name in study.across]
+        if points:
+            found.setdefault(cell.row, []).append(sorted(points))
+    return {row: found[row] for row in study.rows if row in found}
