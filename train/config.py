@@ -106,6 +106,8 @@ def as_dict(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         fields = {field.name: as_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
         return fields if type(config).__name__.endswith("Config") else {"kind": type(config).__name__, **fields}
+    if isinstance(config, dict):
+        return {name: as_dict(value) for name, value in config.items()}
     if isinstance(config, tuple):
         return [as_dict(value) for value in config]
     return config

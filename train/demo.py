@@ -21,7 +21,7 @@ from train.data.config import LibraryText
 from train.data.folder import texts as library_texts
 from train.findings import as_json, figures, sentences, table, what_is_asked
 from train.optimizer import OptimizerConfig
-from train.overrides import override, pairs
+from train.overrides import from_dict, override, pairs
 from train.progress import clock
 from train.trained import trained
 from train.weights import look
@@ -143,7 +143,8 @@ def train(config: TrainConfig) -> None:
     except FileNotFoundError:
         saved = None
     if saved is not None and saved.about is not None:
-        changed = [line for line in differences(saved.about["config"], as_dict(config)) if not line.startswith("run:")]
+        found = differences(as_dict(from_dict(TrainConfig, saved.about["config"])), as_dict(config))
+        changed = [line for line in found if not line.startswith("run:")]
         if changed:
             raise ValueError(f"{config.run} was begun with other settings: {'; '.join(changed)}. Give another --folder")
         if saved.step == config.steps:

@@ -1,6 +1,6 @@
-"""How to read: the paper's Table 5, on planted facts."""
+"""How to read: the paper's Table 5, on planted facts; and recall by length, its Figure 1b."""
 
-from configs.study.common import BASE, FACTS
+from configs.study.common import BASE, FACTS, LENGTHS
 from train.study import Study
 
 study = Study(
@@ -15,4 +15,5 @@ study = Study(
         "attention": {"model.mixer": "transformer"},
     },
     measures=FACTS,
+    across=LENGTHS,
 )

@@ -51,7 +51,13 @@ def written(folder: Path, steps: int = 4) -> str:
 def made_up(study: Study, cell: Cell, nats: float = 1.0) -> dict:
     measures = {name: {"nats": nats, "accuracy": 0.5 + 0.1 * cell.seed, "tokens": 5} for name in study.measures}
     curve = [[32, 2.0], [64, nats]]
-    return {"row": cell.row, "seed": cell.seed, "settings": study.settings(cell), "measures": measures, "curve": curve}
+    return {
+        "row": cell.row,
+        "seed": cell.seed,
+        "settings": study.settings(cell),
+        "measures": measures,
+        "curve": curve,
+    }
 
 
 @pytest.fixture
@@ -196,6 +202,10 @@ def test_a_plot_has_a_line_for_each_name_where_all_runs_have_points():
 def test_results_of_other_settings_and_broken_ones_are_refused(tmp_path):
     study, cell = load(written(tmp_path)), Cell("hola", 0)
     write_result(tmp_path, cell, made_up(study, cell))
+    assert read_results(study, tmp_path).keys() == {cell}
+    older = made_up(study, cell)
+    del older["settings"]["train"]["nan_limit"], older["settings"]["measures"]["hits"]["length"]
+    write_result(tmp_path, cell, older)  # by a version that did not have these settings yet
     assert read_results(study, tmp_path).keys() == {cell}
     other = load(written(tmp_path, steps=6))
     with pytest.raises(ValueError, match=r"hola\.0\.json was made with other settings \(train.steps: 4 -> 6\)"):

@@ -102,8 +102,7 @@ class Study:
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """All that a result depends on, as plain values."""
-        measures = {name: as_dict(measure) for name, measure in self.measures.items()}
-        return {"train": as_dict(self.config(cell, "")), "measures": measures}
+        return as_dict({"train": self.config(cell, ""), "measures": self.measures})
 
 
 def load(path: str | Path) -> Study:

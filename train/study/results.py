@@ -8,8 +8,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from train.config import differences
-from train.study.config import Cell, Study
+from train.config import TrainConfig, as_dict, differences
+from train.overrides import from_dict
+from train.study.config import Cell, Measure, Study
 from train.whole import write_whole
 
 Result = dict[str, Any]
@@ -18,6 +19,15 @@ Results = dict[Cell, Result]
 
 def write_result(folder: Path, cell: Cell, result: Result) -> None:
     write_whole(folder / f"{cell.name}.json", json.dumps(result, indent=1) + "\n")
+
+
+def settings_of(result: Result) -> dict[str, Any]:
+    """As `Study.settings` has them; a setting that came later than the result is at its default."""
+    made = result["settings"]
+    measures = {}
+    for name, values in made["measures"].items():
+        measures[name] = from_dict(Measure, {key: value for key, value in values.items() if key != "kind"})
+    return as_dict({"train": from_dict(TrainConfig, made["train"]), "measures": measures})
 
 
 def read_results(study: Study, folder: Path) -> Results:
@@ -29,13 +39,12 @@ def read_results(study: Study, folder: Path) -> Results:
             continue
         try:
             result = json.loads(path.read_text())
-            made = result["settings"]
-        except (ValueError, KeyError) as error:
+            made = settings_of(result)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no result of a study ({error!r}); delete it, and the run is made again"
             ) from error
-        # Through JSON, where a tuple is a list.
-        changed = differences(made, json.loads(json.dumps(study.settings(cell))))
+        changed = differences(made, study.settings(cell))
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
@@ -47,13 +56,13 @@ def read_results(study: Study, folder: Path) -> Results:
 
 def same_run(study: Study, cell: Cell, folder: Path) -> tuple[Path, Result] | None:
     """A result of another study beside `folder` that was made with the very settings of the cell, and where it is."""
-    settings = json.loads(json.dumps(study.settings(cell)))
+    settings = study.settings(cell)
     for path in sorted(folder.parent.glob("*/*.json")):
         try:
             result = json.loads(path.read_text())
-            if result["settings"] == settings:
+            if settings_of(result) == settings:
                 return path, {**result, "row": cell.row}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue  # no result of a study; the study whose folder it is in says so
     return None
 
