@@ -32,6 +32,7 @@ class Texts:
     edges: list[int]  # of the ranges of distances
     size: int  # bytes of all predicted tokens
     tokenizer: Tokenizer
+    known: np.ndarray  # the sequences that training files have
 
     @property
     def ranges(self) -> list[str]:
@@ -57,7 +58,13 @@ class Texts:
             repetition.edges(memory.window, memory.block, min(longest, max(map(len, rows)))),
             sum(len(tokenizer.decode(row[1:]).encode()) for row in rows),
             tokenizer,
+            known,
         )
+
+    def repetitions(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of another text the tokens, and how far back each stood."""
+        row = np.array(self.tokenizer.encode([text])[0], np.int32)
+        return row, repetition.distances(row, CONTEXT, self.tokenizer.vocab_size, self.known)
 
 
 @dataclasses.dataclass(frozen=True)

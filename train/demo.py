@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hola_jax import LanguageModel, MemoryConfig, ModelConfig
-from hola_jax.diagnostics.page import Shown, page
+from hola_jax import MemoryConfig, ModelConfig
+from hola_jax.diagnostics.page import Shown
+from hola_jax.diagnostics.page import page as html
 from train import loop
-from train.compare import Measured, Texts, measure
+from train.compare import Texts, measure
 from train.config import CheckpointConfig, TrainConfig, as_dict, differences
 from train.data import files, tokenizers
 from train.data.config import LibraryText
@@ -75,6 +76,8 @@ class Demo:
     """Of all three runs, such as steps=1000 model.memory.state_scale=1 (`hola train configs/demo.py --help` lists them)."""
     longest: int | None = None
     """Tokens of each held-out file that are read; unless given, 4096, or 1024."""
+    show: str | None = None
+    """A text file for the page; unless given, the held-out file in whose beginning most is repeated from afar."""
 
     def run(self) -> None:
         start = time.monotonic()
@@ -95,7 +98,8 @@ class Demo:
         results = {"config": as_dict(recipe), "models": as_json(measured, texts), "found": said}
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
         page = folder / "page.html"
-        write_whole(page, picture(models["hola"], measured, said, texts, recipe))
+        text = shown(texts, recipe.model.memory, self.show)
+        write_whole(page, html(models["hola"], text, figures(measured, ROWS, recipe.model.memory, texts), said))
         say(f"\n{page} shows what HOLA's cache kept; open it in a browser. Done in {clock(time.monotonic() - start)}.")
 
     def recipe(self) -> TrainConfig:
@@ -107,6 +111,8 @@ class Demo:
             config = override(config, name, value)
         if self.longest is not None and self.longest < LEAST:
             raise ValueError(f"--longest is {self.longest}; it must be at least {LEAST}")
+        if self.show is not None and len(Path(self.show).read_text()) < LEAST:
+            raise ValueError(f"--show {self.show} has fewer than {LEAST} characters; name a longer text")
         return config if self.folder is None else dataclasses.replace(config, run=self.folder)
 
 
@@ -156,19 +162,14 @@ def train(config: TrainConfig) -> None:
         sys.exit(code)
 
 
-def picture(
-    hola: LanguageModel, measured: dict[str, Measured], said: list[str], texts: Texts, recipe: TrainConfig
-) -> str:
-    """The page: of the file in whose beginning most is repeated from afar."""
-    memory = recipe.model.memory
-    length = min(SHOWN * memory.block, max(map(len, texts.rows)))
-    far = [np.count_nonzero(row[:length] > memory.window + memory.block) for row in texts.distances]
-    best = int(np.argmax(far))
-    tokens = texts.rows[best][:length]
-    shown = Shown(
-        name=texts.names[best],
-        tokens=tokens,
-        text=[texts.tokenizer.decode([token]) for token in tokens],
-        distances=texts.distances[best][:length],
-    )
-    return page(hola, shown, figures(measured, ROWS, memory, texts), said)
+def shown(texts: Texts, memory: MemoryConfig, file: str | None) -> Shown:
+    """The beginning of a file; of the held-out one in which most is repeated from afar, where none is given."""
+    length = SHOWN * memory.block
+    if file is None:
+        far = [np.count_nonzero(row[:length] > memory.window + memory.block) for row in texts.distances]
+        best = int(np.argmax(far))
+        name, tokens, distances = texts.names[best], texts.rows[best], texts.distances[best]
+    else:
+        name, (tokens, distances) = Path(file).name, texts.repetitions(Path(file).read_text())
+    pieces = [texts.tokenizer.decode([token]) for token in tokens[:length]]
+    return Shown(name=name, tokens=tokens[:length], text=pieces, distances=distances[:length])

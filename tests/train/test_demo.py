@@ -59,6 +59,8 @@ def test_settings_reach_all_runs():
         (["demo", "--settings", "model.mixer=gla"], "model.mixer is not the demo's to set"),
         (["demo", "--settings", "run=x"], "run is not the demo's to set; --folder says where"),
         (["demo", "--settings", "stepz=3"], "did you mean --steps?"),
+        (["demo", "--show", "pyproject.txt"], "pyproject.txt"),
+        (["demo", "--show", os.devnull], "has fewer than 8 characters"),
         (["demo", "--qwick"], "--quick"),
         (["dmeo"], "demo"),
     ],
@@ -108,7 +110,7 @@ def texts(count=9, longest=700):
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, 31, int(size)).astype(np.int32) for size in draw.integers(5, longest, count)]
     distances = [np.where(np.arange(len(row)) % 5 == 4, 1 + np.arange(len(row)) % 60, 0) for row in rows]
-    return Texts([str(n) for n in range(count)], rows, distances, [10, 40, 80], 1000, Bytes())
+    return Texts([str(n) for n in range(count)], rows, distances, [10, 40, 80], 1000, Bytes(), np.zeros(1, np.int64))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,19 @@ def test_what_is_measured_is_the_models_loss_on_every_token(model, monkeypatch):
         assert found.recall.nats[number, 1] == pytest.approx(nats[within].sum(), rel=1e-5)
         assert found.recall.right[number, 1] == np.sum((logits.argmax(-1) == row[1:])[within])
         assert found.recall.asked[number].sum() == np.count_nonzero(far)
+
+
+def test_the_page_shows_the_text_that_is_given_or_where_most_is_repeated(tmp_path):
+    memory = MemoryConfig(window=8, block=16, chunk=16)
+    few = texts()
+    few.distances[4][:] = 60  # farther than the block and the cache reach
+    found = demo.shown(few, memory, None)
+    assert found.name == "4" and len(found.tokens) == len(found.text) == len(found.distances) <= 256
+    file = tmp_path / "own.py"
+    file.write_text("abcdefgh--abcdefgh" * 20)
+    found = demo.shown(few, memory, str(file))
+    assert found.name == "own.py" and "".join(found.text) == file.read_text()[:256]
+    assert found.distances[:15].tolist() == [0] * 13 + [10, 10]
 
 
 def made(nats, right, files=40):
