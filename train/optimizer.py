@@ -21,6 +21,7 @@ class OptimizerConfig:
     b1, b2, epsilon  of Adam
     weight_decay     of matrices; norms, gates, decays and biases are spared (`hola_jax.model.weight_decay_mask`)
     clip             largest norm of the whole gradient
+    cache_rate       learning rate of what HOLA's exact cache alone has (scales, sink, gate), in multiples of the others'
     """
 
     peak: float = 4e-4
@@ -31,9 +32,10 @@ class OptimizerConfig:
     warmup: int = 1000
     final: float = 0.1
     clip: float = 1.0
+    cache_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("peak", "epsilon", "clip"):
+        for name in ("peak", "epsilon", "clip", "cache_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}; it must be above 0")
         for name in ("b1", "b2"):
@@ -70,7 +72,9 @@ def update(
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     direction, after = adam.update(gradient, optax.ScaleByAdamState(**state))
 
-    def moved(p: Array, u: Array, decays: bool) -> Array:
-        return p - rate * (u + config.weight_decay * p if decays else u)
+    def moved(path: Any, p: Array, u: Array, decays: bool) -> Array:
+        of_cache = jax.tree_util.DictKey("cache") in path
+        own = rate * config.cache_rate if of_cache else rate
+        return p - own * (u + config.weight_decay * p if decays else u)
 
-    return jax.tree.map(moved, params, direction, decayed), after._asdict()
+    return jax.tree.map_with_path(moved, params, direction, decayed), after._asdict()

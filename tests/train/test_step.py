@@ -7,12 +7,14 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hola_jax.config import flops_per_token, parameter_count
 from tests.laws.mixers import MIXERS
 from tests.train.small import ROWS, TOKENS, batch, one_device, trace, training
+from train import optimizer
 from train.mesh import MeshConfig
 from train.optimizer import OptimizerConfig
 from train.report import report
@@ -109,6 +111,18 @@ def test_the_learning_rate_warms_up_and_ends_at_a_tenth():
     np.testing.assert_allclose(rates[0], 4e-5, rtol=1e-5)
     np.testing.assert_allclose([max(rates), rates[9], rates[-1]], [4e-4, 4e-4, 4e-5], rtol=1e-5)
     assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_the_caches_own_parameters_may_learn_faster():
+    params = {"mixer": {"cache": {"gate_logit": jnp.ones(2)}, "query": jnp.ones(3)}}
+    decayed = {"mixer": {"cache": {"gate_logit": False}, "query": False}}
+    moved = {}
+    for factor in (1.0, 4.0):
+        config = OptimizerConfig(cache_rate=factor)
+        after, _ = optimizer.update(config, params, optimizer.init(params), params, decayed, jnp.float32(0.01))
+        moved[factor] = jax.tree.map(lambda new, old: float((old - new)[0]), after, params)["mixer"]
+    assert moved[1.0]["query"] == moved[4.0]["query"] == pytest.approx(0.01)
+    assert moved[4.0]["cache"]["gate_logit"] == pytest.approx(4 * moved[1.0]["cache"]["gate_logit"], rel=1e-5)
 
 
 def test_a_recipe_that_cannot_be_is_refused():
