@@ -1,42 +1,38 @@
-"""Perplexity on the standard library's source, bytes as tokens, and what governs when HOLA overtakes its own backbone."""
+"""Perplexity on the standard library's source, bytes as tokens, and what lets HOLA pass its own backbone."""
 
-from hola_jax import MemoryConfig, ModelConfig
-from train.config import CheckpointConfig, TrainConfig
+import dataclasses
+
+from configs.study.common import BASE, MODEL
+from hola_jax import MemoryConfig
 from train.data.config import LibraryText
-from train.optimizer import OptimizerConfig
 from train.study import Measure, Study
 
+# A fixed state_scale of K^-1/2 hides the state behind the cache's answer, and a new cache answers with noise.
+MEMORY = MemoryConfig(window=32, block=32, chunk=32, state_scale=1.0)
 study = Study(
     title="Text, and how the cache begins (after the paper's Table 2)",
-    question="Does the exact cache lower the perplexity of a text that repeats itself, and which beginning of its gate and "
-    "of the sharp read lets it?",
-    base=TrainConfig(
-        run="",
-        model=ModelConfig(
-            vocab_size=256,
-            dim=128,
-            layers=3,
-            heads=2,
-            dtype="float32",
-            memory=MemoryConfig(window=32, block=64, chunk=32),
-        ),
+    question="Does the exact cache lower the perplexity of a text that repeats itself, and what of its beginning matters?",
+    base=dataclasses.replace(
+        BASE,
+        model=dataclasses.replace(MODEL, vocab_size=256, mlp_dim=256, gate_init=-2.0, memory=MEMORY),
         data=LibraryText(),
-        optimizer=OptimizerConfig(peak=3e-3, warmup=50),
-        checkpoint=CheckpointConfig(every=200, keep=1, keep_best=0),
-        steps=1000,
-        global_batch=8,
+        steps=2000,
+        global_batch=2,
         row=512,
-        log_every=50,
-        eval_every=100,
+        eval_batches=32,
     ),
     rows={
         "no-cache": {"model.mixer": "gated_deltanet"},
         "hola": {},
         "hola-recency": {"model.memory.score": "recency"},
-        "hola-gate-2": {"model.gate_init": -2},
-        "hola-gate-6": {"model.gate_init": -6},
-        "hola-soft-read": {"model.read_init": 0.5},
-        "hola-state-scale-1": {"model.memory.state_scale": 1.0},
+        "gate-4": {"model.gate_init": -4},
+        "gate-0": {"model.gate_init": 0},
+        "state-scale-0.25": {"model.memory.state_scale": 0.25},
+        "soft-read": {"model.read_init": 0.5},
+        "cache-rate-4": {"optimizer.cache_rate": 4},
     },
-    measures={"perplexity of a byte": Measure(LibraryText(), shows="perplexity", rows=512)},
+    measures={
+        "perplexity of a byte": Measure(LibraryText(), shows="perplexity", rows=512),
+        "in rows of 2048": Measure(LibraryText(), shows="perplexity", rows=128, length=2048),
+    },
 )
