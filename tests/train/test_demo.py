@@ -47,8 +47,8 @@ def test_the_three_runs_differ_in_their_memory_alone():
 
 
 def test_settings_reach_all_runs():
-    recipe = Demo(quick=True, settings=("model.memory.state_scale=1", "steps=7"), folder="here").recipe()
-    assert (recipe.model.memory.state_scale, recipe.steps, recipe.run) == (1.0, 7, "here")
+    recipe = Demo(quick=True, settings=("model.memory.state_scale=0.5", "steps=7"), folder="here").recipe()
+    assert (recipe.model.memory.state_scale, recipe.steps, recipe.run) == (0.5, 7, "here")
     assert recipe.row == QUICK.row < FULL.row == Demo().recipe().row
 
 
@@ -140,11 +140,11 @@ def test_the_page_shows_the_text_that_is_given_or_where_most_is_repeated(tmp_pat
     few = texts()
     few.distances[4][:] = 60  # farther than the block and the cache reach
     found = demo.shown(few, memory, None)
-    assert found.name == "4" and len(found.tokens) == len(found.text) == len(found.distances) <= 256
+    assert found.name == "4" and len(found.tokens) == len(found.text) == len(found.distances) <= 1024
     file = tmp_path / "own.py"
-    file.write_text("abcdefgh--abcdefgh" * 20)
+    file.write_text("abcdefgh--abcdefgh" * 60)
     found = demo.shown(few, memory, str(file))
-    assert found.name == "own.py" and "".join(found.text) == file.read_text()[:256]
+    assert found.name == "own.py" and "".join(found.text) == file.read_text()[:1024]
     assert found.distances[:15].tolist() == [0] * 13 + [10, 10]
 
 
