@@ -119,6 +119,7 @@ def test_the_state_keeps_its_size(mixer: str) -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", CASES)
 def test_nothing_reaches_back_in_time(mixer: str) -> None:
     """The gradient of each output by each later input is exactly zero, and by its own input it is not."""
