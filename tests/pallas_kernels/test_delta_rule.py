@@ -67,8 +67,7 @@ def close(actual, expected, tolerance, name=""):
 
 CASES = [
     (160, 16, 32, 1, None, "float32", "surprise"),
-    (97, 64, 16, 2, "packed", "bfloat16", "surprise"),
-    (140, 32, 64, 1, "packed", "bfloat16", "residual"),
+    (97, 64, 16, 2, "packed", "bfloat16", "residual"),
     (150, 32, 64, 2, "packed", "float32", "residual"),
     (13, 16, 16, 1, "packed", "float32", "surprise"),
 ]
