@@ -109,6 +109,7 @@ def test_any_number_of_tokens(tokens, implementation):
     compare_forward(CONFIG, implementation, inputs(7, tokens))
 
 
+@pytest.mark.slow
 def test_random_scores_as_in_the_reference():
     """Scores have no gradient, so that of the read and the state is the one of "write"."""
     compare_forward(MemoryConfig(window=4, block=8, chunk=2, score="random", seed=7), "xla", inputs(), SEGMENTS)
