@@ -43,13 +43,13 @@ _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "be
 # The longest first: where two workers take a file at a time, neither is left alone with one of these at the end.
 LONGEST = [
     "train/test_step.py",
-    "train/test_faults.py",
     "laws/test_implementations.py",
-    "pallas_kernels/test_train_step_compile.py",
-    "train/test_two_processes.py",
-    "train/test_demo.py",
     "pallas_kernels/test_hola.py",
+    "train/test_two_processes.py",
+    "pallas_kernels/test_train_step_compile.py",
     "laws/test_devices.py",
+    "train/test_faults.py",
+    "train/test_demo.py",
 ]
 
 

@@ -25,7 +25,8 @@ def test_a_new_model_reads_evenly():
 
 def test_by_recency_every_block_replaces_the_cache():
     memory = MemoryConfig(window=3, block=8, chunk=4, score="recency")
-    signs = vital_signs(LanguageModel(small("hola", memory=memory)), TOKENS)
+    model = LanguageModel(small("hola", memory=memory))
+    signs = jax.jit(lambda: vital_signs(model, TOKENS))()
     assert signs["cache_replaced"] == 1 and signs["cached_age"] == 2  # the last three tokens of the block: 1, 2 and 3
 
 

@@ -25,7 +25,7 @@ from train.config import CheckpointConfig, TrainConfig
 from train.data.config import LibraryText
 from train.loop import run
 sizes = dict(vocab_size=256, dim=16, layers=1, heads=2, key_dim=4, value_dim=4, mlp_dim=16, dtype="float32")
-model = ModelConfig(**sizes, memory=MemoryConfig(window=2, block=8, chunk=8))
+model = ModelConfig(**sizes, mixer="gated_deltanet", memory=MemoryConfig(window=2, block=8, chunk=8))
 config = TrainConfig(run=sys.argv[1], model=model, data=LibraryText(), steps=2, global_batch=4, row=16,
                      checkpoint=CheckpointConfig(every=1))
 sys.exit(run(config))

@@ -53,7 +53,12 @@ def layout(kind: str):
 
 
 @pytest.mark.parametrize(
-    ("kind", "score"), [("one document", "surprise"), ("documents", "surprise"), ("documents", "recency")]
+    ("kind", "score"),
+    [
+        ("documents", "surprise"),
+        pytest.param("one document", "surprise", marks=pytest.mark.slow),
+        pytest.param("documents", "recency", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sharded_sequence_is_the_whole_sequence(kind, score):
     config = MemoryConfig(window=4, block=8, chunk=4, score=score)
@@ -64,6 +69,7 @@ def test_a_sharded_sequence_is_the_whole_sequence(kind, score):
     assert_same_state(state, expected_state)
 
 
+@pytest.mark.slow
 def test_a_sharded_sequence_continues_a_state():
     _, before = compiled(CONFIG)(inputs(0, TOKENS))
     arrays = inputs(1, TOKENS)
@@ -87,6 +93,7 @@ def test_gradients_of_a_sharded_sequence_are_those_of_the_whole():
         assert_close(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nan_travels_to_the_devices_behind_and_stops_at_the_next_document():
     arrays, segments = inputs(3, TOKENS), layout("documents")
     bad = [*arrays[:2], arrays[2].at[0, 30, 0, 0].set(jnp.nan), *arrays[3:]]
@@ -110,6 +117,7 @@ def communicated(tokens: int) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_what_is_communicated_does_not_grow_with_the_sequence():
     few, many = communicated(TOKENS), communicated(4 * TOKENS)
     assert few == many > 0

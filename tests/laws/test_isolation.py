@@ -38,6 +38,7 @@ def test_a_padded_row_gives_what_the_row_gives_alone(left, right, implementation
     assert_same_state(state, alone_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", WAYS)
 def test_no_output_depends_on_a_later_token(implementation):
     arrays = inputs(3)

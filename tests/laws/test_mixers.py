@@ -119,9 +119,11 @@ def test_the_state_keeps_its_size(mixer: str) -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("mixer", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_nothing_reaches_back_in_time(mixer: str) -> None:
-    """The gradient of each output by each later input is exactly zero, and by its own input it is not."""
+    """The gradient of each output by each later input is exactly zero, and by its own input it is not. Of HOLA's kernels:
+    test_isolation.py; the delta rule's has the reference's gradients (memory/test_linear.py)."""
     c = case(mixer)
     pull = jax.jit(jax.grad(lambda x, weight: jnp.sum(c.run(x)[0] * weight)))
     for t in (0, 5, 8):

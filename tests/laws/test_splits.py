@@ -38,11 +38,10 @@ CUTS = {"mid-block": [13], "late": [24], "block edges": [8, 16, 24], "anywhere":
     ("cuts", "segments", "implementation"),
     [
         ("mid-block", None, "xla"),
-        ("block edges", None, "xla"),
+        pytest.param("block edges", None, "xla", marks=pytest.mark.slow),
         ("mid-block", SEGMENTS, "xla"),
         ("block edges", SEGMENTS, "xla"),
-        ("anywhere", SEGMENTS, "xla"),
-        ("mid-block", None, "interpret"),
+        pytest.param("anywhere", SEGMENTS, "xla", marks=pytest.mark.slow),
         ("mid-block", SEGMENTS, "interpret"),
     ],
 )
@@ -63,9 +62,9 @@ def test_whole_is_split(cuts, segments, implementation):
         ("surprise", "xla", SEGMENTS),
         ("surprise", "reference", SEGMENTS),
         ("surprise", "interpret", SEGMENTS),
-        ("residual", "xla", SEGMENTS),
-        ("write", "xla", SEGMENTS),
-        ("random", "xla", SEGMENTS),
+        pytest.param("residual", "xla", SEGMENTS, marks=pytest.mark.slow),
+        pytest.param("write", "xla", SEGMENTS, marks=pytest.mark.slow),
+        pytest.param("random", "xla", SEGMENTS, marks=pytest.mark.slow),
     ],
 )
 def test_whole_is_token_by_token(score, implementation, segments):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import sys
+from typing import Any
 
 from train.overrides import load, override, pairs
 from train.plan import hlo
@@ -18,30 +19,29 @@ from train.plan.cost import cost
 from train.plan.topology import topology
 
 
-def main(name: str, path: str, *settings: str) -> None:
+def compiled(name: str, path: str, *settings: str) -> dict[str, Any]:
     config = load(path)
     for setting, value in pairs(list(settings)):
         config = override(config, setting, value)
     place = topology(name)
     made = training(config, place.devices)
-    compiled = made.lower(config.global_batch, config.row).compile()
-    text = compiled.as_text()
+    program = made.lower(config.global_batch, config.row).compile()
+    text = program.as_text()
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     names = [re.search(r"%([\w]+?)[.\d]* = ", line)[1] for line in calls]
     heads = [max(int(n) for n in re.findall(r"f32\[\d+,(\d+),256,256\]", line) or [0]) for line in calls]
     spent = cost(hlo.parse(text), place.chip)
-    found = {
+    return {
         "implementation": made.layout.choice.name,
         "kernels": collections.Counter(names),
         "heads": max(heads),
-        "limits": [found for line in calls for found in re.findall(r'"scoped_memory_configs":\[([^\]]+)\]', line)],
+        "limits": [limit for line in calls for limit in re.findall(r'"scoped_memory_configs":\[([^\]]+)\]', line)],
         "traffic": spent.traffic,
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary": program.memory_analysis().temp_size_in_bytes,
         "unknown_loops": spent.unknown,
         "mesh": dataclasses.asdict(config.mesh),
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps(compiled(*sys.argv[1:])))

@@ -1,11 +1,6 @@
 """The exact cache's kernel gives what the XLA path gives: the same rows kept, the same read, the same gradients."""
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +10,8 @@ import pytest
 from hola_jax.memory.cache_read import Masks, Visible, read_visible
 from hola_jax.memory.exact_cache import Rows, cache_of_blocks
 from pallas_kernels.cache import Cache, cached_read, empty_cache
+from tests.pallas_kernels import tpus
 
-ROOT = Path(__file__).parents[2]
 B, H, KEY_HEADS, K, V, C, W = 2, 2, 1, 8, 6, 8, 4
 T = 29  # three whole blocks and part of one
 
@@ -103,7 +98,6 @@ def close(actual, wanted, dtype="float32"):
 CASES = {
     "one document": {},
     "ties": {"ties": True},
-    "bfloat16": {"dtype": "bfloat16"},
     "fewer tokens than rows": {"tokens": 3},
     "whole blocks": {"tokens": 24},
     "documents": {"packed": True, "ties": True},
@@ -122,24 +116,31 @@ def arguments(options):
     return case(**options), cache, documents, start, dtype
 
 
+def by_kernel(queries, keys, values, scores, sink, *given):
+    return kernel((queries, keys, values, scores, sink), *given)
+
+
+@functools.cache
+def gradient_of(call):
+    """One program for all cases that differ in their numbers alone; the results beside the gradient."""
+
+    def loss(queries, keys, values, sink, rows, scores, cache, documents, start):
+        given = cache._replace(keys=rows[0], values=rows[1])
+        out, after, chosen = call(queries, keys, values, scores, sink, given, documents, start)
+        kept = jnp.sum(jnp.cos(after.keys.astype(jnp.float32))) + jnp.sum(after.values.astype(jnp.float32) ** 2)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + 0.1 * kept, (out, after, chosen)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_tokens_are_kept_the_same_is_read_and_the_gradient_is_the_same(name):
     """By everything that has a gradient, from what is read and from the cache that is left."""
     (queries, keys, values, scores, sink), cache, documents, start, dtype = arguments(CASES[name])
     cache = empty_cache(B, H, W, K, V, dtype) if cache is None else cache
-
-    def run(call):
-        def loss(queries, keys, values, sink, rows):
-            given = cache._replace(keys=rows[0], values=rows[1])
-            out, after, chosen = call(queries, keys, values, scores, sink, given, documents, start)
-            kept = jnp.sum(jnp.cos(after.keys.astype(jnp.float32))) + jnp.sum(after.values.astype(jnp.float32) ** 2)
-            return jnp.sum(jnp.sin(out.astype(jnp.float32))) + 0.1 * kept, (out, after, chosen)
-
-        of = queries, keys, values, sink, (cache.keys, cache.values)
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(*of)
-
-    gradient, (out, after, chosen) = run(lambda *a: kernel(a[:5], *a[5:]))
-    wanted_gradient, (wanted, wanted_after, wanted_chosen) = run(expected)
+    given = queries, keys, values, sink, (cache.keys, cache.values), scores, cache, documents, start
+    gradient, (out, after, chosen) = gradient_of(by_kernel)(*given)
+    wanted_gradient, (wanted, wanted_after, wanted_chosen) = gradient_of(expected)(*given)
     np.testing.assert_array_equal(chosen[:, :, : wanted_chosen.shape[2]], wanted_chosen)
     for field in ("keys", "values", "scores", "positions"):
         np.testing.assert_array_equal(getattr(after, field), getattr(wanted_after, field), err_msg=field)
@@ -201,17 +202,10 @@ def test_what_cannot_run_is_refused_by_name(change, error, words):
 
 
 COMPILE = """
-import sys
 import jax, jax.numpy as jnp
-from jax.experimental.topologies import get_topology_desc
 from pallas_kernels.cache import cached_read
 
-name, dtype, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
-device = get_topology_desc(platform="tpu", topology_name=name).devices[0]
 B, T, H = 8, 2048, 4
-
-def array(*shape, dtype=dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 
 def read(queries, keys, values, scores, sink, documents):
     return cached_read(queries, keys, values, scores, sink, documents=documents, window=64, block=256)[0]
@@ -219,31 +213,34 @@ def read(queries, keys, values, scores, sink, documents):
 def loss(*arrays):
     return jnp.sum(read(*arrays).astype(jnp.float32) ** 2)
 
-tokens, scores = array(B, T, H, width), array(B, H, T, dtype="float32")
-arrays = tokens, tokens, tokens, scores, array(H, dtype="float32"), array(B, T, dtype="int32")
-for call, kernels in ((read, 1), (jax.grad(loss, argnums=(0, 1, 2, 4)), 2)):
-    text = jax.jit(call).lower(*arrays).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == kernels, text
+def compiled(name, dtype, width):
+    here = jax.sharding.SingleDeviceSharding(chip(name))
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    tokens, scores = array(B, T, H, width), array(B, H, T, dtype="float32")
+    arrays = tokens, tokens, tokens, scores, array(H, dtype="float32"), array(B, T, dtype="int32")
+    texts = [jax.jit(f).lower(*arrays).compile().as_text() for f in (read, jax.grad(loss, argnums=(0, 1, 2, 4)))]
+    return [text.count('custom_call_target="tpu_custom_call"') for text in texts]
 """
+COMPILED = {
+    "v5e": ("v5e:2x2", "bfloat16", 256),
+    "v5p": ("v5p:2x2x1", "bfloat16", 256),
+    "v6e": ("v6e:2x2", "bfloat16", 256),
+    "float32": ("v5e:2x2", "float32", 256),
+    "keys of 64": ("v5e:2x2", "bfloat16", 64),
+    "keys of 128": ("v5e:2x2", "bfloat16", 128),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return tpus.told(COMPILE, COMPILED)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles, is not installed")
-@pytest.mark.parametrize(
-    ("topology", "dtype", "width"),
-    [
-        ("v5e:2x2", "bfloat16", 256),
-        ("v5p:2x2x1", "bfloat16", 256),
-        ("v6e:2x2", "bfloat16", 256),
-        ("v5e:2x2", "float32", 256),
-        ("v5e:2x2", "bfloat16", 64),
-        ("v5e:2x2", "bfloat16", 128),
-    ],
-)
-def test_both_kernels_compile_within_the_default_limit(topology, dtype, width):
-    """In a process of its own: libtpu is loaded once and reads the environment."""
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    environment = {**os.environ, **quiet}
-    command = [sys.executable, "-c", COMPILE, topology, dtype, str(width)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+@tpus.needed
+@pytest.mark.parametrize("name", COMPILED)
+def test_both_kernels_compile_within_the_default_limit(name, kernels):
+    assert kernels(name) == [1, 2]  # of the forward pass, and with the backward one

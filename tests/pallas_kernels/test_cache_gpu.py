@@ -84,7 +84,6 @@ def kernel(window, block):
 
 
 CASES = {
-    "one document": {"tokens": 100, "key_heads": 2, "window": 16},
     "two warpgroups to a block": {"tokens": 128, "key_heads": 2, "window": 8, "block": 128},
     "documents, a cache, shared keys, a window of no whole tiles": {
         "tokens": 150,

@@ -2,11 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +13,18 @@ from hola_jax.memory import MemoryConfig, hola_memory
 from pallas_kernels.cache import Cache
 from pallas_kernels.hola import Earlier, Learned, hola
 from tests.laws.cases import PARAMS, SEGMENTS, assert_close, assert_same_state, inputs
+from tests.pallas_kernels import tpus
 
-ROOT = Path(__file__).parents[2]
 FLOATS = ("fast_weights", "cache_keys", "cache_values", "block_keys", "block_values")
 CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 CASES = {
     "one document": {},
     "bfloat16": {"dtype": "bfloat16", "packed": True},
-    "documents and a state, a key head each": {"packed": True, "state": True, "key_heads": 2},
-    "residual, unit_l2": {
+    "residual, unit_l2, documents and a state, a key head each": {
         "config": MemoryConfig(window=4, block=6, chunk=3, score="residual", read="unit_l2"),
+        "packed": True,
         "state": True,
+        "key_heads": 2,
     },
     "a score given": {
         "config": MemoryConfig(window=10, block=8, chunk=4, score="write"),
@@ -227,76 +223,70 @@ def test_channel_decays_and_an_occupied_block_without_documents_are_refused():
 
 
 COMPILE = """
-import sys
 import jax, jax.numpy as jnp
-from jax.experimental.topologies import get_topology_desc
 from hola_jax.memory import CacheParams, MemoryConfig, hola_memory
 from pallas_kernels.cache import Cache
 from pallas_kernels.hola import Earlier, Learned, hola
 
-name, dtype, continued, whole_memory = sys.argv[1], sys.argv[2], sys.argv[5] == "continued", sys.argv[5] == "memory"
-width, key_heads = int(sys.argv[3]), int(sys.argv[4])
-device = get_topology_desc(platform="tpu", topology_name=name).devices[0]
 B, T, H, W, C = 8, 2048, 4, 64, 256
 
-def array(*shape, dtype=dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+def compiled(name, dtype, width, key_heads, kind):
+    here = jax.sharding.SingleDeviceSharding(chip(name))
 
-def floats(*shape):
-    return array(*shape, dtype="float32")
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-def whole(*shape):
-    return array(*shape, dtype="int32")
+    def floats(*shape):
+        return array(*shape, dtype="float32")
 
-def memory(q, k, v, beta, decay, learned, earlier, documents):
-    q, k = (x.reshape(B, T, key_heads, width) for x in (q, k))
-    v = v.reshape(B, T, H, width)
-    if whole_memory:
-        config = MemoryConfig(window=W, block=C)
-        return hola_memory(q, k, v, beta, decay, CacheParams(*learned), config=config, implementation="pallas_tpu")[0]
-    given = {"scale": width**-0.5, "window": W, "block": C, "documents": documents}
-    return hola(q, k, v, beta, decay, learned, earlier, **given).out
+    def whole(*shape):
+        return array(*shape, dtype="int32")
 
-def both(arrays, d):
-    out, backward = jax.vjp(lambda *x: memory(*x, *arrays[6:]), *arrays[:6])
-    return out, backward(d)
+    def memory(q, k, v, beta, decay, learned, earlier, documents):
+        q, k = (x.reshape(B, T, key_heads, width) for x in (q, k))
+        v = v.reshape(B, T, H, width)
+        if kind == "memory":
+            config = MemoryConfig(window=W, block=C)
+            return hola_memory(q, k, v, beta, decay, CacheParams(*learned), config=config, implementation="pallas_tpu")[0]
+        given = {"scale": width**-0.5, "window": W, "block": C, "documents": documents}
+        return hola(q, k, v, beta, decay, learned, earlier, **given).out
 
-keys, values, gates = array(B, T, key_heads * width), array(B, T, H * width), floats(B, T, H)
-learned = Learned(floats(width), floats(width), floats(H), floats(H))
-earlier = documents = None
-if continued:
-    rows = array(B, H, W, width), array(B, H, W, width), floats(B, H, W), whole(B, H, W), whole(B)
-    running = array(B, key_heads, C, width), array(B, H, C, width), floats(B, H, C)
-    earlier, documents = Earlier(floats(B, H, width, width), Cache(*rows), *running, whole(B)), whole(B, T)
-arrays = keys, keys, values, gates, gates, learned, earlier, documents
-compiled = jax.jit(both).lower(arrays, array(B, T, H, width)).compile()
-text = compiled.as_text()
-assert text.count('custom_call_target="tpu_custom_call"') == 2, text
-assert "hola_forward" in text and "hola_backward" in text
-print("temporary", compiled.memory_analysis().temp_size_in_bytes)
+    def both(arrays, d):
+        out, backward = jax.vjp(lambda *x: memory(*x, *arrays[6:]), *arrays[:6])
+        return out, backward(d)
+
+    keys, values, gates = array(B, T, key_heads * width), array(B, T, H * width), floats(B, T, H)
+    learned = Learned(floats(width), floats(width), floats(H), floats(H))
+    earlier = documents = None
+    if kind == "continued":
+        rows = array(B, H, W, width), array(B, H, W, width), floats(B, H, W), whole(B, H, W), whole(B)
+        running = array(B, key_heads, C, width), array(B, H, C, width), floats(B, H, C)
+        earlier, documents = Earlier(floats(B, H, width, width), Cache(*rows), *running, whole(B)), whole(B, T)
+    arrays = keys, keys, values, gates, gates, learned, earlier, documents
+    program = jax.jit(both).lower(arrays, array(B, T, H, width)).compile()
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2, text
+    assert "hola_forward" in text and "hola_backward" in text
+    return program.memory_analysis().temp_size_in_bytes
 """
+COMPILED = {
+    "v5p": ("v5p:2x2x1", "bfloat16", 256, 4, "fresh"),
+    "v6e": ("v6e:2x2", "bfloat16", 256, 4, "fresh"),
+    "float32, continued": ("v5e:2x2", "float32", 256, 4, "continued"),
+    "shared keys of 128, continued": ("v5e:2x2", "bfloat16", 128, 2, "continued"),
+    "keys of 64": ("v5e:2x2", "bfloat16", 64, 4, "fresh"),
+    "in hola_memory": ("v5e:2x2", "bfloat16", 256, 4, "memory"),  # which keeps NaN to its document
+}
+
+
+@pytest.fixture(scope="module")
+def temporary():
+    return tpus.told(COMPILE, COMPILED)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles, is not installed")
-@pytest.mark.parametrize(
-    ("topology", "dtype", "width", "key_heads", "continued"),
-    [
-        ("v5e:2x2", "bfloat16", 256, 4, "fresh"),
-        ("v5p:2x2x1", "bfloat16", 256, 4, "fresh"),
-        ("v6e:2x2", "bfloat16", 256, 4, "fresh"),
-        ("v5e:2x2", "float32", 256, 4, "continued"),
-        ("v5e:2x2", "bfloat16", 128, 2, "continued"),
-        ("v5e:2x2", "bfloat16", 64, 4, "fresh"),
-        ("v5e:2x2", "bfloat16", 256, 4, "memory"),  # all of hola_memory, which keeps NaN to its document
-    ],
-)
-def test_both_kernels_compile_within_the_default_limit(topology, dtype, width, key_heads, continued):
-    """In a process of its own: libtpu is loaded once and reads the environment."""
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    environment = {**os.environ, **quiet}
-    command = [sys.executable, "-c", COMPILE, topology, dtype, str(width), str(key_heads), continued]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    # Of the whole memory's, two times 32 MiB are for turning outputs and their gradient heads apart, as this script does.
-    assert int(done.stdout.split()[-1]) < (192 if continued == "memory" else 300) * 2**20
+@tpus.needed
+@pytest.mark.parametrize("name", COMPILED)
+def test_both_kernels_compile_within_the_default_limit(name, temporary):
+    # Of the whole memory's, two times 32 MiB are for turning outputs and their gradient heads apart, as the script does.
+    assert temporary(name) < (192 if name == "in hola_memory" else 300) * 2**20

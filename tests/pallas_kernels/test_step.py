@@ -1,11 +1,6 @@
 """One token by the kernel is one token of the memory, over many of them; and it compiles for TPUs, in place."""
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +13,8 @@ from hola_jax.memory.exact_cache import magnitude_kind, token_scores
 from pallas_kernels.hola import Learned
 from pallas_kernels.step import Memory, step
 from tests.laws.cases import PARAMS, B, H, K, V, assert_close, inputs
+from tests.pallas_kernels import tpus
 
-ROOT = Path(__file__).parents[2]
 T = 30
 CASES = {
     "float32": {},
@@ -152,45 +147,42 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 COMPILE = """
-import functools, sys
+import functools
 import jax
-from jax.experimental.topologies import get_topology_desc
 from pallas_kernels.step import step
 from tests.pallas_kernels.test_step import shapes
 
-name, dtype, width, key_heads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-device = get_topology_desc(platform="tpu", topology_name=name).devices[0]
-here = jax.sharding.SingleDeviceSharding(device)
-arrays = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes(width, dtype, key_heads=key_heads)
-)
-compiled = jax.jit(functools.partial(step, scale=1.0), donate_argnums=6).lower(*arrays).compile()
-text, memory = compiled.as_text(), compiled.memory_analysis()
-assert text.count('custom_call_target="tpu_custom_call"') == 1, text
-large = sum(x.size * x.dtype.itemsize for x in arrays[6] if len(x.shape) == 4)
-assert memory.alias_size_in_bytes >= large, (memory.alias_size_in_bytes, large)
-slack = 2**19 if name.startswith("v5p") else 0  # what it needs there does not grow with the batch: 0.6 MiB at 16 rows
-assert memory.temp_size_in_bytes < large // 16 + slack, memory.temp_size_in_bytes
+def compiled(name, dtype, width, key_heads):
+    here = jax.sharding.SingleDeviceSharding(chip(name))
+    arrays = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes(width, dtype, key_heads=key_heads)
+    )
+    program = jax.jit(functools.partial(step, scale=1.0), donate_argnums=6).lower(*arrays).compile()
+    text, memory = program.as_text(), program.memory_analysis()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1, text
+    large = sum(x.size * x.dtype.itemsize for x in arrays[6] if len(x.shape) == 4)
+    return large, memory.alias_size_in_bytes, memory.temp_size_in_bytes
 """
+COMPILED = {
+    "v5e": ("v5e:2x2", "bfloat16", 256, 4),
+    "v5p": ("v5p:2x2x1", "bfloat16", 256, 4),
+    "v6e": ("v6e:2x2", "bfloat16", 256, 4),
+    "float32": ("v5e:2x2", "float32", 256, 4),
+    "shared keys of 128": ("v5e:2x2", "bfloat16", 128, 2),
+    "keys of 64": ("v5e:2x2", "bfloat16", 64, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return tpus.told(COMPILE, COMPILED)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles, is not installed")
-@pytest.mark.parametrize(
-    ("topology", "dtype", "width", "key_heads"),
-    [
-        ("v5e:2x2", "bfloat16", 256, 4),
-        ("v5p:2x2x1", "bfloat16", 256, 4),
-        ("v6e:2x2", "bfloat16", 256, 4),
-        ("v5e:2x2", "float32", 256, 4),
-        ("v5e:2x2", "bfloat16", 128, 2),
-        ("v5e:2x2", "bfloat16", 64, 4),
-    ],
-)
-def test_it_compiles_and_changes_the_memory_in_place(topology, dtype, width, key_heads):
-    """In a process of its own: libtpu is loaded once and reads the environment."""
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    environment = {**os.environ, **quiet}
-    command = [sys.executable, "-c", COMPILE, topology, dtype, str(width), str(key_heads)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+@tpus.needed
+@pytest.mark.parametrize("name", COMPILED)
+def test_it_compiles_and_changes_the_memory_in_place(name, sizes):
+    large, aliased, temporary = sizes(name)
+    assert aliased >= large
+    slack = 2**19 if name == "v5p" else 0  # what it needs there does not grow with the batch: 0.6 MiB at 16 rows
+    assert temporary < large // 16 + slack

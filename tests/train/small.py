@@ -9,7 +9,7 @@ from train.mesh import MeshConfig, make_mesh
 from train.optimizer import OptimizerConfig
 from train.step import Training
 
-ROWS, TOKENS, STEPS = 8, 64, 20
+ROWS, TOKENS, STEPS = 8, 64, 10
 RECIPE = OptimizerConfig(warmup=3)
 
 

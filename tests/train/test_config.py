@@ -139,7 +139,8 @@ def test_every_configuration_of_the_house_loads():
 
 @pytest.mark.slow
 def test_the_command_trains(tmp_path):
-    command = [sys.executable, "-m", "train.cli", "train", "configs/demo.py", "--steps=3", f"--run={tmp_path / 'run'}"]
+    small = ["--steps=3", "--row=64", "--global-batch=2", f"--run={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "train.cli", "train", "configs/demo.py", *small]
     # One device: to compile for eight takes three times as long.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags})

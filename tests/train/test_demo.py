@@ -189,36 +189,26 @@ TINY += ["model.memory.window=4", "model.memory.chunk=16", "model.memory.block=1
 
 
 @pytest.mark.slow
-def test_the_whole_demo_with_few_steps(tmp_path, monkeypatch):
-    """It trains three runs, prints what they reached, and makes a page; run again, it has them and says the same."""
+def test_the_whole_demo_with_few_steps(tmp_path):
+    """It trains its runs, here two, prints what they reached, and makes a page. The third is HOLA with another score."""
     folder = tmp_path / "demo"
-    command = [sys.executable, "-m", "train.cli", "demo", "--quick", "--folder", str(folder), "--longest", "128"]
-
-    def run(*settings):
-        return subprocess.run(
-            [*command, "--settings", *TINY, *settings],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "XLA_FLAGS": FLAGS},
-        )
-
-    first = run()
-    assert first.returncode == 0, first.stderr
+    of_two = "from train import cli, demo; del demo.ROWS['recency']; cli.main()"
+    command = [sys.executable, "-c", of_two, "demo", "--quick", "--folder", str(folder), "--longest", "128"]
+    environment = {**os.environ, "XLA_FLAGS": FLAGS}
+    done = subprocess.run([*command, "--settings", *TINY], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     results = json.loads((folder / "results.json").read_text())
-    for name in ROWS:
+    for name in ("gdn", "hola"):
         perplexity = results["models"][name]["perplexity"]
-        assert 100 < perplexity < 400 and f"{perplexity:.2f}" in first.stdout  # guessing gives 300
+        assert 100 < perplexity < 400 and f"{perplexity:.2f}" in done.stdout  # guessing gives 300
         assert (folder / name / "checkpoints" / "3").is_dir()
-    assert all(sentence in first.stdout for sentence in results["found"]) and len(results["found"]) == 3
-    other = run("optimizer.peak=1e-2")
-    assert other.returncode == 1 and "was begun with other settings: optimizer.peak" in other.stderr
+    assert all(sentence in done.stdout for sentence in results["found"]) and len(results["found"]) == 2
     if command := browser.found():
         window = browser.Browser(command)
         try:
             window.open(folder / "page.html")
             window.click("#example")
             assert window.ask("document.querySelectorAll('#entries tr').length") > 1
-            assert window.ask("document.querySelectorAll('svg rect').length") == 3 and not window.failed
+            assert window.ask("document.querySelectorAll('svg rect').length") == 2 and not window.failed
         finally:
             window.close()

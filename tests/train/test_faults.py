@@ -18,6 +18,7 @@ from tests.train.data.made import small_disk
 from tests.train.processes import finish, losses, run, start
 
 pytestmark = pytest.mark.slow
+WHOLE = ["--checkpoint.every=20", "--checkpoint.keep=4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,9 +31,9 @@ def programs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that was let alone, with checkpoints of steps 190, 195 and 200."""
+    """The folder of a run that was let alone, with checkpoints of steps 140, 160, 180 and 200."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, said = run(folder, "--checkpoint.every=5")
+    code, said = run(folder, *WHOLE)
     assert code == 0, said
     return folder
 
@@ -45,10 +46,11 @@ def undisturbed(whole):
 
 
 def until(condition, process, seconds=300):
-    """Waits for the condition, or for the process to end."""
+    """Waits for the condition, or for the process to end; whether the condition was met."""
     limit = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < limit:
+    while not (met := condition()) and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.002)
+    return met
 
 
 def reached(folder):
@@ -61,18 +63,15 @@ def saving(folder):
 
 
 def test_kills_at_random_moments_change_no_loss(tmp_path, undisturbed):
-    """Every second one while a checkpoint is written."""
-    folder, draw, during_a_save = tmp_path / "run", random.Random(0), 0
-    for number in range(4):
+    """The second while a checkpoint is written."""
+    folder, draw = tmp_path / "run", random.Random(0)
+    for during_a_save in (False, True):
         process = start(folder, "--checkpoint.every=5", stdout=None, stderr=None)
-        goal = reached(folder) + draw.randint(3, 26)
-        until(lambda goal=goal: reached(folder) >= goal, process)
-        if number % 2:
-            until(lambda: saving(folder), process, 10)
-        during_a_save += saving(folder)
+        goal = reached(folder) + draw.randint(3, 40)
+        assert until(lambda goal=goal: reached(folder) >= goal, process)
+        assert not during_a_save or until(lambda: saving(folder), process, 10)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    assert during_a_save
     code, said = run(folder, "--checkpoint.every=5")
     assert code == 0 and "resuming" in said, said
     assert losses(folder) == undisturbed
@@ -91,39 +90,36 @@ def test_sigterm_saves_and_exits_with_75_and_the_run_goes_on(tmp_path, undisturb
     assert losses(folder) == undisturbed
 
 
-@pytest.mark.parametrize("damage", ["truncated", "half written", "without its description"])
-def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damage, whole, undisturbed):
+def test_damaged_checkpoints_are_said_and_the_newest_whole_one_is_used(tmp_path, whole, undisturbed):
     folder = shutil.copytree(whole, tmp_path / "run")
-    newest = folder / "checkpoints" / "200"
-    files = sorted((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    if damage == "truncated":
-        for path in (newest / "state").rglob("d/*"):
-            os.truncate(path, path.stat().st_size // 2)
-    elif damage == "half written":
-        for path in files[len(files) // 2 :]:
-            path.unlink()
-    else:
-        for path in (newest / "about").iterdir():
-            path.unlink()
-    code, said = run(folder, "--checkpoint.every=5")
+    truncated, half_written, undescribed = (folder / "checkpoints" / step for step in ("200", "180", "160"))
+    for path in (truncated / "state").rglob("d/*"):
+        os.truncate(path, path.stat().st_size // 2)
+    files = sorted((path for path in half_written.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    for path in files[len(files) // 2 :]:
+        path.unlink()
+    for path in (undescribed / "about").iterdir():
+        path.unlink()
+    code, said = run(folder, *WHOLE)
     assert code == 0, said
-    assert "the checkpoint of step 200 cannot be read" in said and "from step 195" in said
+    assert all(f"the checkpoint of step {step} cannot be read" in said for step in (200, 180, 160)), said
+    assert "from step 140" in said
     assert losses(folder) == undisturbed
-    assert list((folder / "damaged").iterdir())
+    assert len(list((folder / "damaged").iterdir())) == 3
 
 
 def test_a_full_disk_stops_with_a_word_and_leaves_older_checkpoints(tmp_path, whole):
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "200")
     (folder / "metrics.jsonl").unlink()  # itself larger than a file may be here
-    again = ["--checkpoint.every=2", "--log_every=1000"]
+    again = ["--checkpoint.every=2", "--checkpoint.keep=4", "--log_every=1000"]
     # Compiled programs are read as ever, and none is written: that is not what is to fail.
     small = {"env": dict(os.environ, TINY_DEVICES="1", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1000")}
     code, said = finish(start(folder, *again, before=small_disk(8), **small))
-    assert code == 1 and "could not be written" in said and "those of steps 190, 195 are intact" in said, said
+    assert code == 1 and "could not be written" in said and "those of steps 140, 160, 180 are intact" in said, said
     assert "200/200" in said and "its last checkpoint is not written" in said  # it trained on to the end
     code, said = run(folder, *again)
-    assert code == 0 and "from step 195" in said, said
+    assert code == 0 and "from step 180" in said, said
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_too_many_stop_the_run(tmp_path, whole):

@@ -1,4 +1,4 @@
-"""The sharding table: it knows every parameter of every mixer, and the step's results lie where it says."""
+"""The sharding table knows every parameter of every mixer. That a step's results lie where it says: test_step.py."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from hola_jax.config import MemoryConfig
 from tests.laws.mixers import MIXERS
-from tests.train.small import TOKENS, batch, tiny, training
+from tests.train.small import tiny
 from train.layout import Layout
 from train.mesh import MeshConfig, make_mesh
 from train.shardings import CLASSES, TABLE, path_name, spec_of
@@ -45,19 +45,3 @@ def test_what_the_mesh_does_not_divide_stays_whole_and_is_said():
     layout = Layout(tiny(vocab_size=63), make_mesh(MeshConfig(tensor=2, fsdp=4)))
     assert layout.specs["embedding"] == P(None, "fsdp")
     assert layout.undivided == ["embedding [63, 32]: 63 is no multiple of tensor=2, so whole along it"]
-
-
-@pytest.mark.slow
-def test_state_and_metrics_of_a_step_lie_where_the_table_says():
-    train = training(MeshConfig(data=2, fsdp=2, tensor=2))
-    compiled = train.lower(8, TOKENS).compile()
-    state, metrics = compiled(train.layout.init(0), jax.device_put(batch(0), train.layout.batch_sharding))
-    query = state["params"]["blocks"]["mixer"]["query"]["kernel"]
-    assert query.sharding.spec == P(None, "fsdp", "tensor")
-    assert query.addressable_shards[0].data.shape == (2, 16, 8)
-    for name in ("mu", "nu"):
-        same = jax.tree.map(lambda p, m: p.sharding == m.sharding, state["params"], state["optimizer"][name])
-        assert all(jax.tree.leaves(same))
-    assert all(x.sharding.is_fully_replicated for x in metrics.values())
-    wanted = train.layout.state_shardings
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, wanted)))

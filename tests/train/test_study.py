@@ -71,15 +71,15 @@ def test_a_study_runs_measures_and_goes_on_with_what_is_left(tmp_path, capsys, o
     file = written(tmp_path)
     study, folder = load(file), tmp_path / "results" / "small"
     asked = dict(results=str(tmp_path / "results"), runs=str(tmp_path / "runs"), page=str(tmp_path / "page.md"))
-    write_result(folder, Cell("plain", 1), made_up(study, Cell("plain", 1)))
-    RunStudy((file,), only=("hola",), seeds=(0,), **asked).run()
-    assert "2 of 4 runs are left: plain.0, hola.1" in capsys.readouterr().out
-    result = json.loads((folder / "hola.0.json").read_text())
+    write_result(folder, Cell("hola", 1), made_up(study, Cell("hola", 1)))
+    RunStudy((file,), only=("plain",), seeds=(0,), **asked).run()
+    assert "2 of 4 runs are left: plain.1, hola.0" in capsys.readouterr().out
+    result = json.loads((folder / "plain.0.json").read_text())
     assert result["measures"]["hits"]["tokens"] == 5 and result["measures"]["perplexity"]["tokens"] == 3
     assert [tokens for tokens, _ in result["curve"]] == [64, 128] and result["parameters"] > 1000
-    before = (folder / "hola.0.json").stat().st_mtime_ns
-    RunStudy((file,), only=("hola",), seeds=(0,), **asked).run()  # nothing to do
-    assert (folder / "hola.0.json").stat().st_mtime_ns == before
+    before = (folder / "plain.0.json").stat().st_mtime_ns
+    RunStudy((file,), only=("plain",), seeds=(0,), **asked).run()  # nothing to do
+    assert (folder / "plain.0.json").stat().st_mtime_ns == before
     page = (tmp_path / "page.md").read_text()
     assert "2 of 4 runs are done" in page and "(results/small.svg)" in page and "| hola |" in page
 
