@@ -29,7 +29,7 @@ SHAPES = {
 }
 ALL_CUT = "fsdp 2, tensor 2, sequence 2"  # of which HOLA's are the two tests behind: by kernels, and in microbatches
 CASES = [("hola", shape) for shape in SHAPES if shape != ALL_CUT]
-# A batch in parts is the same for all. Gated DeltaNet, of whose layer HOLA's has all, is in test_two_processes.py.
+# A batch in parts is the same for all. Gated DeltaNet's layer is HOLA's less the cache, and its memory DeltaNet's.
 CASES += [(mixer, ALL_CUT) for mixer in MIXERS if mixer not in ("hola", "gated_deltanet")]
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.train.processes import finish, losses, run, start
 
 pytestmark = pytest.mark.slow
-RECIPE = ["--steps=12", "--checkpoint.every=6", "--eval_every=12", "--eval_batches=2"]
+RECIPE = ["--model.mixer=hola", "--steps=12", "--checkpoint.every=6", "--eval_every=12", "--eval_batches=2"]
 # How a run ends does not depend on its mixer, and this one compiles in a third of the time.
 QUICK = ["--model.mixer=transformer", "--model.max_length=16"]
 ENDLESS = [*QUICK, "--steps=1000000", "--checkpoint.every=1000000"]
