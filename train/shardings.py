@@ -54,6 +54,10 @@ CLASSES = {
     "embedding": "embedding_ed",
     "unembedding.kernel": "unembedding_de",
     "norm.scale": "norm_d",
+    "read.query": "norm_d",
+    "read.scale": "norm_d",
+    "blocks.*_read.query": "norm_nd",  # whole, for all layers' readers run before their layers
+    "blocks.*_read.scale": "norm_nd",
     "blocks.mixer_norm.scale": "norm_nd",
     "blocks.mlp_norm.scale": "norm_nd",
     "blocks.mlp.gate.kernel": "into_mlp_ndf",
