@@ -1,9 +1,9 @@
 """What rules over depth cost a training step, beside the plain sum: `python benchmarks/depth.py`.
 
-By default the step of a 46M model is compiled for a TPU that is not there (libtpu must be installed), and the compiled program is
-read as `hola plan` reads it, loops counted as often as they run: matrix products, HBM traffic, and the time of its kernels.
-`--seconds` runs a narrower model on this machine's processor instead: the contenders take turns in one process, and what counts
-is processor time.
+By default the step of a 46M model is compiled for a TPU that is not there (libtpu must be installed), and the compiled
+program is read as `hola plan` reads it, loops counted as often as they run: products, HBM traffic, the time of its kernels.
+`--seconds` runs a narrower model on this machine's processor instead: the contenders take turns in one process, and
+what counts is processor time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 RULES = ("plain", "block_attention", "attention")
+Told = tuple[float, ...]
 
 
 def compiled_for(options: argparse.Namespace) -> None:
@@ -28,7 +29,7 @@ def compiled_for(options: argparse.Namespace) -> None:
     from train.plan.topology import topology
 
     where = topology(options.topology)
-    first: tuple[float, ...] | None = None
+    first: Told | None = None
     print(f"{options.model}, {options.rows} rows of {options.tokens} tokens on each chip of {where.name}")
     print("| residual | analytic TFLOP | compiled TFLOP | HBM GB | temporary GiB | kernels ms | over plain |")
     print("|---|---|---|---|---|---|---|")
@@ -86,7 +87,9 @@ def timed(options: argparse.Namespace) -> None:
         for rule, run in runs.items():
             taken[rule].append(processor_seconds(run))
     plain = statistics.median(taken["plain"])
-    print(f"{options.model} with dim {options.dim}, {options.tokens} tokens, float32: processor seconds of loss and gradient")
+    print(
+        f"{options.model} with dim {options.dim}, {options.tokens} tokens, float32: processor seconds of loss and gradient"
+    )
     for rule, seconds in taken.items():
         ratios = [s / p for s, p in zip(seconds, taken["plain"], strict=True)]
         middle = statistics.median(seconds)
@@ -97,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="hola-46m")
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--rows", type=int, default=8, help="on each chip")
+    parser.add_argument("--rows", type=int, default=4, help="on each chip")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--remat", default="none")
     parser.add_argument("--seconds", action="store_true", help="run a narrower model here instead")

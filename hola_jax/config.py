@@ -23,6 +23,8 @@ Mixer = Literal["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "tran
 Remat = Literal["none", "full", "dots"]
 DType = Literal["bfloat16", "float32"]
 Residual = Literal["plain", "attention", "block_attention"]
+Norm = Literal["pre", "sandwich", "dynamic_tanh"]
+QKNorm = Literal["none", "heads", "input"]
 
 DELTA_MIXERS = ("hola", "gated_deltanet", "deltanet", "kda")  # those with a delta rule, a convolution and a norm over V
 
@@ -53,6 +55,10 @@ class ModelConfig:
     residual              how sub-layers are joined over depth (docs/depth.md): "plain" sums; "attention" reads all earlier
                           outputs, "block_attention" the sums of blocks of layers
     residual_blocks       of "block_attention", a divisor of N; None is the divisor nearest to 8
+    norm                  around sub-layers: "pre", RMSNorm of what they read; "sandwich", of what they answer too;
+                          "dynamic_tanh" in place of RMSNorm
+    qk_norm               of the Transformer: "heads", RMSNorm of each head's queries and keys; "input", values are made of
+                          what is read without the norm, so that queries and keys alone have it
     max_length            tokens that the Transformer's state can hold; every other state has a constant size
     dtype                 of activations; parameters are float32
     remat                 what the backward pass makes again: "none", "full" (all of a block), "dots" (all but matmuls)
@@ -79,6 +85,8 @@ class ModelConfig:
     mlp_dim: int | None = None
     residual: Residual = "plain"
     residual_blocks: int | None = None
+    norm: Norm = "pre"
+    qk_norm: QKNorm = "none"
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
     rope_theta: float = 10000.0
@@ -92,6 +100,7 @@ class ModelConfig:
         if not isinstance(self.memory, MemoryConfig):
             raise TypeError(f"ModelConfig.memory is a {type(self.memory).__name__}; it must be a MemoryConfig")
         choices = {"mixer": Mixer, "dtype": DType, "remat": Remat, "residual": Residual}
+        choices |= {"norm": Norm, "qk_norm": QKNorm}
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise unknown_name(f"ModelConfig.{name}", getattr(self, name), get_args(allowed))
@@ -110,9 +119,14 @@ class ModelConfig:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"ModelConfig.{name} is {getattr(self, name)!r}; it must be a finite number")
         self._check_heads()
-        self._check_residual()
+        self._check_depth()
 
-    def _check_residual(self) -> None:
+    def _check_depth(self) -> None:
+        if self.qk_norm != "none" and self.mixer != "transformer":
+            raise ValueError(
+                f"ModelConfig.qk_norm={self.qk_norm!r} is of mixer 'transformer', and mixer is {self.mixer!r}: the others "
+                "norm their keys themselves, or have no softmax over them"
+            )
         blocks = self.residual_blocks
         if blocks is not None and self.residual != "block_attention":
             raise ValueError(
@@ -196,7 +210,7 @@ def _mixer_parameters(config: ModelConfig) -> int:
     count = dim * (2 * keys + total) + total * dim  # q, k, v, output
     gate = dim * total if config.output_gate else 0
     if config.mixer == "transformer":
-        return count
+        return count + (2 * width if config.qk_norm == "heads" else 0)
     if config.mixer == "gsa":
         return count + dim * heads * config.slots + total
     if config.mixer == "gla":
@@ -213,13 +227,18 @@ def _mixer_parameters(config: ModelConfig) -> int:
     return count + gate
 
 
+def _norm_parameters(config: ModelConfig) -> int:
+    each = 2 * config.dim + 1 if config.norm == "dynamic_tanh" else config.dim
+    return ((4 if config.norm == "sandwich" else 2) * config.layers + 1) * each
+
+
 def parameter_count(config: ModelConfig) -> dict[str, int]:
     """Trainable numbers by part, with "total" and "non_embedding" (what the names of the scales count)."""
     parts = {
         "embedding": config.vocab_size * config.dim,
         "mixer": config.layers * _mixer_parameters(config),
         "mlp": config.layers * 3 * config.dim * config.mlp_width,
-        "norm": (2 * config.layers + 1) * config.dim,
+        "norm": _norm_parameters(config),
         "residual": 2 * len(residual_sources(config)) * config.dim,
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }

@@ -22,7 +22,7 @@ from hola_jax.layers import MIXERS
 from hola_jax.layers.init import named_key, normal
 from hola_jax.layers.linear import Linear
 from hola_jax.layers.mlp import SwiGLU
-from hola_jax.layers.norm import RMSNorm
+from hola_jax.layers.norm import norm_of
 from hola_jax.layers.residuals import MIXER, MLP, Attentive, Plain, Read, Residual, attend_over_depth
 from hola_jax.memory.align import align, to_places, to_tokens
 
@@ -32,14 +32,18 @@ PLAIN = Plain()
 
 
 class Block(nnx.Module):
-    """Two sub-layers, mixer(RMSNorm x) and SwiGLU(RMSNorm x), joined by a residual rule; where it is plain, x += each of them.
+    """Two sub-layers, mixer(norm x) and SwiGLU(norm x), joined by a residual rule; where it is plain, x += each of them.
     With the state afterwards, or what the mixer's `commit` makes it of."""
 
     def __init__(self, config: ModelConfig, key: Array) -> None:
-        self.mixer_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.config = config
+        self.mixer_norm = norm_of(config)
         self.mixer = MIXERS[config.mixer](config, named_key(key, "mixer"))
-        self.mlp_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.mlp_norm = norm_of(config)
         self.mlp = SwiGLU(config, named_key(key, "mlp"))
+        sandwich = config.norm == "sandwich"
+        self.mixer_answer_norm = norm_of(config) if sandwich else None
+        self.mlp_answer_norm = norm_of(config) if sandwich else None
         plain = config.residual == "plain"
         self.mixer_read = None if plain else Read(config)
         self.mlp_read = None if plain else Read(config)
@@ -49,12 +53,15 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], State]:
         """The first sub-layer."""
         call = getattr(self.mixer, "answer", self.mixer)
+        if self.config.qk_norm == "input":
+            call = partial(call, values_of=x)
         y, after = call(self.mixer_norm(x), segment_ids, state, sequence_axis=sequence_axis)
-        return y, after
+        return y if self.mixer_answer_norm is None else self.mixer_answer_norm(y), after
 
     def feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The second."""
-        return self.mlp(self.mlp_norm(x))
+        y = self.mlp(self.mlp_norm(x))
+        return y if self.mlp_answer_norm is None else self.mlp_answer_norm(y)
 
     def __call__(
         self,
@@ -68,6 +75,11 @@ class Block(nnx.Module):
         y, after = self.mix(residual.read(x, MIXER), segment_ids, state, sequence_axis)
         x = residual.add(x, y, MIXER)
         return residual.add(x, self.feed(residual.read(x, MLP)), MLP), after
+
+
+# Is given each layer's block before it runs, may put other calls in the place of its own, and gives a call that tells what
+# those saw.
+Watch = Callable[[Block], Callable[[], Any]]
 
 
 def stacked_blocks(config: ModelConfig, key: Array) -> Block:
@@ -106,7 +118,7 @@ class LanguageModel(nnx.Module):
         self.embedding = nnx.Param(normal(named_key(key, "embedding"), config.vocab_size, config.dim))
         self.blocks = stacked_blocks(config, named_key(key, "blocks"))
         self.read = None if config.residual == "plain" else Read(config)
-        self.norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.norm = norm_of(config)
         untied = not config.tie_embeddings
         self.unembedding = Linear(config.dim, config.vocab_size, named_key(key, "unembedding")) if untied else None
 
@@ -134,12 +146,21 @@ class LanguageModel(nnx.Module):
             documents = segment_ids.astype(jnp.int32)
             alignment = align(documents, jnp.zeros(tokens.shape[0], jnp.int32), 1, may_be_filled=False)
             tokens, segment_ids = to_places(tokens, alignment), to_places(documents, alignment)
-        # Unknown tokens become NaN, which is seen; the default would clip them to a token that exists.
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
-        x = x.astype(self.config.compute_dtype)
-        x, state = self._through_blocks(x, segment_ids, state, sequence_axis, gather)
+        x, state, _ = self._through_blocks(self._embedded(tokens), segment_ids, state, sequence_axis, gather)
         x = self.norm(x)
         return (x if alignment is None else to_tokens(x, alignment)), state
+
+    def watched(
+        self, tokens: Int[Array, "B T"], watch: Watch, state: State = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(what the last norm is given, what was seen in each layer, with a leading axis N) of rows of one document each."""
+        x, _, seen = self._through_blocks(self._embedded(tokens), None, state, None, None, watch)
+        return x, seen
+
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        # Unknown tokens become NaN, which is seen; the default would clip them to a token that exists.
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        return x.astype(self.config.compute_dtype)
 
     def _through_blocks(
         self,
@@ -148,20 +169,23 @@ class LanguageModel(nnx.Module):
         state: State,
         sequence_axis: str | None,
         gather: Callable[[Params], Params] | None,
-    ) -> tuple[Float[Array, "B T D"], State]:
-        """What the last norm is given, and the state afterwards."""
+        watch: Watch | None = None,
+    ) -> tuple[Float[Array, "B T D"], State, Any]:
+        """(what the last norm is given, the state afterwards, what was seen)."""
         config = self.config
         structure, params = nnx.split(self.blocks)
         layers = nnx.to_pure_dict(params)
         commit = getattr(MIXERS[config.mixer], "commit", None)
-        in_place = state is not None and x.shape[1] == 1 and commit is None
+        in_place = state is not None and x.shape[1] == 1 and commit is None and watch is None
 
         def layer(x: Array, given: tuple[Any, State]) -> tuple[Array, State]:
             (params, view), state = given
             params = params if gather is None else gather(params)
             residual = PLAIN if view is None else Attentive(view, config.norm_epsilon)
             block: Block = nnx.merge(structure, params)
-            return block(x, segment_ids, state, sequence_axis=sequence_axis, residual=residual)
+            seen = None if watch is None else watch(block)
+            x, after = block(x, segment_ids, state, sequence_axis=sequence_axis, residual=residual)
+            return x, after if seen is None else (after, seen())
 
         def through(x: Array, layers: Any, states: State) -> tuple[Array, State]:
             if in_place:
@@ -172,9 +196,10 @@ class LanguageModel(nnx.Module):
             x, after = through(x, (layers, None), state)
         else:
             x, after = attend_over_depth(config, through, x, layers, state, self.read)
-        if commit is None:
-            return x, after
-        return x, commit(init_state(config, x.shape[0]) if state is None else state, after)
+        after, seen = (after, None) if watch is None else after
+        if commit is not None:
+            after = commit(init_state(config, x.shape[0]) if state is None else state, after)
+        return x, after, seen
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """Logits in float32."""

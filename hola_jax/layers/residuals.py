@@ -49,7 +49,7 @@ class Plain:
 
 
 class Read(nnx.Module):
-    """What a reader learns: a query, at the beginning zero, so that it reads the mean; and the scale of the sources' norm."""
+    """What a reader learns: a query, zero at the beginning, when it reads the mean, and the scale of the sources' norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.query = nnx.Param(jnp.zeros(config.dim), weight_decay=False)
@@ -82,7 +82,6 @@ def logits(
     return products * lax.rsqrt(jnp.mean(x * x, axis=-1) + epsilon)
 
 
-@partial(jax.checkpoint, static_argnums=3)  # of a look only the sources are kept, and those in their own type
 def look(
     directions: Float[Array, "R D"], sources: Float[Array, "S B T D"], count: Int[Array, ""], epsilon: float
 ) -> Part:
@@ -93,6 +92,27 @@ def look(
     powers = jnp.exp(found - top[:, None])
     total = jnp.einsum("rsbt,sbtd->rbtd", powers, sources.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     return Part(top, jnp.sum(powers, axis=1), total)
+
+
+@partial(jax.checkpoint, static_argnums=3)
+def lookback(
+    directions: Float[Array, "R D"], sources: Float[Array, "S B T D"], count: Int[Array, ""], epsilon: float
+) -> Part:
+    """`look`, of which the backward pass keeps the sources alone, and those in their own type."""
+    return look(directions, sources, count, epsilon)
+
+
+@partial(jax.checkpoint, static_argnums=4)
+def joined_read(
+    earlier: Part,
+    direction: Float[Array, " D"],
+    sources: Float[Array, "S B T D"],
+    count: Int[Array, ""],
+    epsilon: float,
+) -> Float[Array, "B T D"]:
+    """What one reader finds in sources of which the `earlier` ones are looked at already; in the type of the others."""
+    own = jax.tree.map(lambda leaf: leaf[0], look(direction[None], sources, count, epsilon))
+    return earlier.joined(own).mean().astype(sources.dtype)
 
 
 class View(NamedTuple):
@@ -112,8 +132,7 @@ class Attentive(NamedTuple):
 
     def read(self, x: Float[Array, "S B T D"], sublayer: int) -> Float[Array, "B T D"]:
         view = jax.tree.map(lambda leaf: leaf[sublayer], self.view)
-        own = jax.tree.map(lambda leaf: leaf[0], look(view.directions[None], x, view.counts, self.epsilon))
-        return view.earlier.joined(own).mean().astype(x.dtype)
+        return joined_read(view.earlier, view.directions, x, view.counts, self.epsilon)
 
     def add(self, x: Float[Array, "S B T D"], y: Float[Array, "B T D"], sublayer: int) -> Float[Array, "S B T D"]:
         slot = self.view.slots[sublayer]
@@ -166,7 +185,7 @@ def attend_over_depth(
     def group(
         sources: Array, count: Int[Array, ""] | int, layers: Any, states: Any, directions: Float[Array, "g 2 D"]
     ) -> tuple[Array, Any]:
-        earlier = look(directions.reshape(-1, x.shape[-1]), sources, jnp.asarray(count), epsilon)
+        earlier = lookback(directions.reshape(-1, x.shape[-1]), sources, jnp.asarray(count), epsilon)
         earlier = jax.tree.map(lambda leaf: leaf.reshape(plan.group, 2, *leaf.shape[1:]), earlier)
         view = View(directions, earlier, jnp.asarray(plan.counts), jnp.asarray(plan.slots))
         own = jnp.zeros((plan.sources, *x.shape), x.dtype)
@@ -188,5 +207,5 @@ def attend_over_depth(
         sources, after = lax.scan(step, sources, (jnp.arange(groups), parts))
         after = jax.tree.map(lambda leaf: leaf.reshape(config.layers, *leaf.shape[2:]), after)
     everything = jnp.asarray(sources.shape[0])
-    found = look((last.query[...] * last.scale[...])[None], sources, everything, epsilon).mean()
+    found = lookback((last.query[...] * last.scale[...])[None], sources, everything, epsilon).mean()
     return found[0].astype(x.dtype), after
