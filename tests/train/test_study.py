@@ -169,6 +169,14 @@ def test_a_plot_has_a_line_for_each_name_where_all_runs_have_points():
         svg({"a": [[(0, 1.0)], [(1, 1.0)]]}, "x", "y")
 
 
+def test_a_setting_that_came_after_a_result_has_its_default(tmp_path):
+    study, cell = load(written(tmp_path)), Cell("hola", 0)
+    result = json.loads(json.dumps(made_up(study, cell)))
+    del result["settings"]["train"]["depth_every"], result["settings"]["train"]["model"]["residual"]
+    write_result(tmp_path, cell, result)
+    assert read_results(study, tmp_path).keys() == {cell}
+
+
 def test_results_of_other_settings_and_broken_ones_are_refused(tmp_path):
     study, cell = load(written(tmp_path)), Cell("hola", 0)
     write_result(tmp_path, cell, made_up(study, cell))

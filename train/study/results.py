@@ -8,7 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from train.config import differences
+from train.config import TrainConfig, as_dict, differences
+from train.overrides import from_dict
 from train.study.config import Cell, Study
 from train.whole import write_whole
 
@@ -29,13 +30,14 @@ def read_results(study: Study, folder: Path) -> Results:
             continue
         try:
             result = json.loads(path.read_text())
-            made = result["settings"]
+            # A setting that came later has its default, which does what was done then.
+            made = result["settings"] | {"train": as_dict(from_dict(TrainConfig, result["settings"]["train"]))}
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} is no result of a study ({error!r}); delete it, and the run is made again"
             ) from error
         # Through JSON, where a tuple is a list.
-        changed = differences(made, json.loads(json.dumps(study.settings(cell))))
+        changed = differences(*(json.loads(json.dumps(each)) for each in (made, study.settings(cell))))
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ValueError(
