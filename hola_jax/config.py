@@ -22,6 +22,9 @@ __all__ = ["MemoryConfig", "ModelConfig", "flops_per_token", "memory_work", "par
 Mixer = Literal["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "transformer"]
 Remat = Literal["none", "full", "dots"]
 DType = Literal["bfloat16", "float32"]
+Residual = Literal["plain", "attention", "block_attention"]
+Norm = Literal["pre", "sandwich", "dynamic_tanh"]
+QKNorm = Literal["none", "heads", "input"]
 
 DELTA_MIXERS = ("hola", "gated_deltanet", "deltanet", "kda")  # those with a delta rule, a convolution and a norm over V
 
@@ -49,6 +52,13 @@ class ModelConfig:
     gate_init, read_init  of HOLA, at the beginning: the gate's logit, and both scales of the sharp read
     slots, decay_rank     slots per head of GSA; rank of GLA's decay projection
     mlp_dim               inner width of the SwiGLU; None is 8 D / 3, rounded up to a multiple of 256
+    residual              how sub-layers are joined over depth (docs/depth.md): "plain" sums; "attention" reads all earlier
+                          outputs, "block_attention" the sums of blocks of layers
+    residual_blocks       of "block_attention", a divisor of N; None is the divisor nearest to 8
+    norm                  around sub-layers: "pre", RMSNorm of what they read; "sandwich", of what they answer too;
+                          "dynamic_tanh" in place of RMSNorm
+    qk_norm               of the Transformer: "heads", RMSNorm of each head's queries and keys; "input", values are made of
+                          what is read without the norm, so that queries and keys alone have it
     max_length            tokens that the Transformer's state can hold; every other state has a constant size
     dtype                 of activations; parameters are float32
     remat                 what the backward pass makes again: "none", "full" (all of a block), "dots" (all but matmuls)
@@ -73,6 +83,10 @@ class ModelConfig:
     slots: int = 64
     decay_rank: int = 16
     mlp_dim: int | None = None
+    residual: Residual = "plain"
+    residual_blocks: int | None = None
+    norm: Norm = "pre"
+    qk_norm: QKNorm = "none"
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
     rope_theta: float = 10000.0
@@ -85,14 +99,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.memory, MemoryConfig):
             raise TypeError(f"ModelConfig.memory is a {type(self.memory).__name__}; it must be a MemoryConfig")
-        for name, allowed in (("mixer", Mixer), ("dtype", DType), ("remat", Remat)):
+        choices = {"mixer": Mixer, "dtype": DType, "remat": Remat, "residual": Residual}
+        choices |= {"norm": Norm, "qk_norm": QKNorm}
+        for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise unknown_name(f"ModelConfig.{name}", getattr(self, name), get_args(allowed))
         if self.implementation is not None and self.implementation not in get_args(Implementation):
             names = ("None", *get_args(Implementation))
             raise unknown_name("ModelConfig.implementation", self.implementation, names)
         counts = ("vocab_size", "dim", "layers", "heads", "conv_width", "slots", "decay_rank", "max_length")
-        optional = ("key_heads", "key_dim", "value_dim", "mlp_dim")
+        optional = ("key_heads", "key_dim", "value_dim", "mlp_dim", "residual_blocks")
         for name in (*counts, *optional):
             value = getattr(self, name)
             if name in optional and value is None:
@@ -103,6 +119,23 @@ class ModelConfig:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"ModelConfig.{name} is {getattr(self, name)!r}; it must be a finite number")
         self._check_heads()
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        if self.qk_norm != "none" and self.mixer != "transformer":
+            raise ValueError(
+                f"ModelConfig.qk_norm={self.qk_norm!r} is of mixer 'transformer', and mixer is {self.mixer!r}: the others "
+                "norm their keys themselves, or have no softmax over them"
+            )
+        blocks = self.residual_blocks
+        if blocks is not None and self.residual != "block_attention":
+            raise ValueError(
+                f"ModelConfig.residual_blocks={blocks} is of residual='block_attention', and residual is {self.residual!r}"
+            )
+        if blocks is not None and self.layers % blocks:
+            raise ValueError(
+                f"ModelConfig.residual_blocks={blocks} does not divide layers={self.layers}; a block is whole layers"
+            )
 
     def _check_heads(self) -> None:
         defaulted = self.key_dim is None or self.value_dim is None
@@ -150,13 +183,34 @@ class ModelConfig:
         return jnp.dtype(self.dtype)
 
 
+def nearest_divisor(number: int, wanted: float) -> int:
+    """The divisor of `number` nearest to `wanted` in ratio."""
+    divisors = (d for d in range(1, number + 1) if number % d == 0)
+    return min(divisors, key=lambda d: abs(math.log(d / wanted)))
+
+
+def residual_blocks(config: ModelConfig) -> int:
+    """Blocks of "block_attention": as asked for, or about 8."""
+    return nearest_divisor(config.layers, 8) if config.residual_blocks is None else config.residual_blocks
+
+
+def residual_sources(config: ModelConfig) -> list[int]:
+    """How many sources each reader over depth sees, in the order of the sub-layers and then the last; [] where there are
+    none."""
+    if config.residual == "plain":
+        return []
+    block = 1 if config.residual == "attention" else 2 * config.layers // residual_blocks(config)
+    within = [1 + number // block + (number % block > 0) for number in range(2 * config.layers)]
+    return [*within, 1 + 2 * config.layers // block]
+
+
 def _mixer_parameters(config: ModelConfig) -> int:
     dim, heads, width, values = config.dim, config.heads, config.key_width, config.value_width
     keys, total = config.key_head_count * width, heads * values
     count = dim * (2 * keys + total) + total * dim  # q, k, v, output
     gate = dim * total if config.output_gate else 0
     if config.mixer == "transformer":
-        return count
+        return count + (2 * width if config.qk_norm == "heads" else 0)
     if config.mixer == "gsa":
         return count + dim * heads * config.slots + total
     if config.mixer == "gla":
@@ -173,13 +227,19 @@ def _mixer_parameters(config: ModelConfig) -> int:
     return count + gate
 
 
+def _norm_parameters(config: ModelConfig) -> int:
+    each = 2 * config.dim + 1 if config.norm == "dynamic_tanh" else config.dim
+    return ((4 if config.norm == "sandwich" else 2) * config.layers + 1) * each
+
+
 def parameter_count(config: ModelConfig) -> dict[str, int]:
     """Trainable numbers by part, with "total" and "non_embedding" (what the names of the scales count)."""
     parts = {
         "embedding": config.vocab_size * config.dim,
         "mixer": config.layers * _mixer_parameters(config),
         "mlp": config.layers * 3 * config.dim * config.mlp_width,
-        "norm": (2 * config.layers + 1) * config.dim,
+        "norm": _norm_parameters(config),
+        "residual": 2 * len(residual_sources(config)) * config.dim,
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }
     total = sum(parts.values())
@@ -215,7 +275,8 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
         raise ValueError(f"context is {context}; it must be at least 1")
     count = parameter_count(config)
     matmuls = count["mixer"] + count["mlp"] + config.vocab_size * config.dim
-    return 2.0 * matmuls + config.layers * _memory_flops(config, context)
+    over_depth = 4 * sum(residual_sources(config)) * config.dim  # a source's logit, and its share of what is read
+    return 2.0 * matmuls + config.layers * _memory_flops(config, context) + over_depth
 
 
 def memory_work(config: ModelConfig) -> Work | None:

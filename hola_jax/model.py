@@ -22,34 +22,64 @@ from hola_jax.layers import MIXERS
 from hola_jax.layers.init import named_key, normal
 from hola_jax.layers.linear import Linear
 from hola_jax.layers.mlp import SwiGLU
-from hola_jax.layers.norm import RMSNorm
+from hola_jax.layers.norm import norm_of
+from hola_jax.layers.residuals import MIXER, MLP, Attentive, Plain, Read, Residual, attend_over_depth
 from hola_jax.memory.align import align, to_places, to_tokens
 
 Params = dict[str, Any]  # nested, of arrays
 State = Any  # a mixer's state, each array with a leading axis N
+PLAIN = Plain()
 
 
 class Block(nnx.Module):
-    """x += mixer(RMSNorm x); x += SwiGLU(RMSNorm x). With the state afterwards, or what the mixer's `commit` makes it of."""
+    """Two sub-layers, mixer(norm x) and SwiGLU(norm x), joined by a residual rule; where it is plain, x += each of them.
+    With the state afterwards, or what the mixer's `commit` makes it of."""
 
     def __init__(self, config: ModelConfig, key: Array) -> None:
-        self.mixer_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.config = config
+        self.mixer_norm = norm_of(config)
         self.mixer = MIXERS[config.mixer](config, named_key(key, "mixer"))
-        self.mlp_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.mlp_norm = norm_of(config)
         self.mlp = SwiGLU(config, named_key(key, "mlp"))
+        sandwich = config.norm == "sandwich"
+        self.mixer_answer_norm = norm_of(config) if sandwich else None
+        self.mlp_answer_norm = norm_of(config) if sandwich else None
+        plain = config.residual == "plain"
+        self.mixer_read = None if plain else Read(config)
+        self.mlp_read = None if plain else Read(config)
+
+    def mix(
+        self, x: Float[Array, "B T D"], segment_ids: Array | None, state: State, sequence_axis: str | None
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """The first sub-layer."""
+        call = getattr(self.mixer, "answer", self.mixer)
+        if self.config.qk_norm == "input":
+            call = partial(call, values_of=x)
+        y, after = call(self.mixer_norm(x), segment_ids, state, sequence_axis=sequence_axis)
+        return y if self.mixer_answer_norm is None else self.mixer_answer_norm(y), after
+
+    def feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The second."""
+        y = self.mlp(self.mlp_norm(x))
+        return y if self.mlp_answer_norm is None else self.mlp_answer_norm(y)
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Array,
         segment_ids: Int[Array, "B T"] | None = None,
         state: State = None,
         *,
         sequence_axis: str | None = None,
-    ) -> tuple[Float[Array, "B T D"], State]:
-        call = getattr(self.mixer, "answer", self.mixer)
-        y, after = call(self.mixer_norm(x), segment_ids, state, sequence_axis=sequence_axis)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), after
+        residual: Residual = PLAIN,
+    ) -> tuple[Array, State]:
+        y, after = self.mix(residual.read(x, MIXER), segment_ids, state, sequence_axis)
+        x = residual.add(x, y, MIXER)
+        return residual.add(x, self.feed(residual.read(x, MLP)), MLP), after
+
+
+# Is given each layer's block before it runs, may put other calls in the place of its own, and gives a call that tells what
+# those saw.
+Watch = Callable[[Block], Callable[[], Any]]
 
 
 def stacked_blocks(config: ModelConfig, key: Array) -> Block:
@@ -87,7 +117,8 @@ class LanguageModel(nnx.Module):
         self.config = config
         self.embedding = nnx.Param(normal(named_key(key, "embedding"), config.vocab_size, config.dim))
         self.blocks = stacked_blocks(config, named_key(key, "blocks"))
-        self.norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.read = None if config.residual == "plain" else Read(config)
+        self.norm = norm_of(config)
         untied = not config.tie_embeddings
         self.unembedding = Linear(config.dim, config.vocab_size, named_key(key, "unembedding")) if untied else None
 
@@ -115,26 +146,60 @@ class LanguageModel(nnx.Module):
             documents = segment_ids.astype(jnp.int32)
             alignment = align(documents, jnp.zeros(tokens.shape[0], jnp.int32), 1, may_be_filled=False)
             tokens, segment_ids = to_places(tokens, alignment), to_places(documents, alignment)
-        # Unknown tokens become NaN, which is seen; the default would clip them to a token that exists.
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
-        x = x.astype(self.config.compute_dtype)
-        structure, params = nnx.split(self.blocks)
-
-        def layer(x: Array, params_and_state: tuple[Any, State]) -> tuple[Array, State]:
-            params, state = params_and_state
-            params = params if gather is None else gather(params)
-            return nnx.merge(structure, params)(x, segment_ids, state, sequence_axis=sequence_axis)
-
-        layers = nnx.to_pure_dict(params)
-        commit = getattr(MIXERS[self.config.mixer], "commit", None)
-        if state is not None and tokens.shape[1] == 1 and commit is None:
-            x, state = _in_place(layer, x, layers, state)
-        else:
-            x, after = lax.scan(_remat(layer, self.config.remat, gather is not None), x, (layers, state))
-            before = self.init_state(tokens.shape[0]) if commit and state is None else state
-            state = commit(before, after) if commit else after
+        x, state, _ = self._through_blocks(self._embedded(tokens), segment_ids, state, sequence_axis, gather)
         x = self.norm(x)
         return (x if alignment is None else to_tokens(x, alignment)), state
+
+    def watched(
+        self, tokens: Int[Array, "B T"], watch: Watch, state: State = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(what the last norm is given, what was seen in each layer, with a leading axis N) of rows of one document each."""
+        x, _, seen = self._through_blocks(self._embedded(tokens), None, state, None, None, watch)
+        return x, seen
+
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        # Unknown tokens become NaN, which is seen; the default would clip them to a token that exists.
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        return x.astype(self.config.compute_dtype)
+
+    def _through_blocks(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Array | None,
+        state: State,
+        sequence_axis: str | None,
+        gather: Callable[[Params], Params] | None,
+        watch: Watch | None = None,
+    ) -> tuple[Float[Array, "B T D"], State, Any]:
+        """(what the last norm is given, the state afterwards, what was seen)."""
+        config = self.config
+        structure, params = nnx.split(self.blocks)
+        layers = nnx.to_pure_dict(params)
+        commit = getattr(MIXERS[config.mixer], "commit", None)
+        in_place = state is not None and x.shape[1] == 1 and commit is None and watch is None
+
+        def layer(x: Array, given: tuple[Any, State]) -> tuple[Array, State]:
+            (params, view), state = given
+            params = params if gather is None else gather(params)
+            residual = PLAIN if view is None else Attentive(view, config.norm_epsilon)
+            block: Block = nnx.merge(structure, params)
+            seen = None if watch is None else watch(block)
+            x, after = block(x, segment_ids, state, sequence_axis=sequence_axis, residual=residual)
+            return x, after if seen is None else (after, seen())
+
+        def through(x: Array, layers: Any, states: State) -> tuple[Array, State]:
+            if in_place:
+                return _in_place(layer, x, layers, states)
+            return lax.scan(_remat(layer, config.remat, gather is not None), x, (layers, states))
+
+        if self.read is None:
+            x, after = through(x, (layers, None), state)
+        else:
+            x, after = attend_over_depth(config, through, x, layers, state, self.read)
+        after, seen = (after, None) if watch is None else after
+        if commit is not None:
+            after = commit(init_state(config, x.shape[0]) if state is None else state, after)
+        return x, after, seen
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """Logits in float32."""

@@ -31,6 +31,8 @@ _ROWS: dict[str, dict[str, Any]] = {
     "hola-residual": {"mixer": "hola", "score": "residual"},
     "hola-write": {"mixer": "hola", "score": "write"},
     "hola-random": {"mixer": "hola", "score": "random"},
+    "hola-attnres": {"mixer": "hola", "residual": "attention"},
+    "hola-block-attnres": {"mixer": "hola", "residual": "block_attention"},
     "gdn": {"mixer": "gated_deltanet"},
     "deltanet": {"mixer": "deltanet", "output_gate": False},  # as published: the gate came with Gated DeltaNet
     "kda": {"mixer": "kda"},

@@ -45,6 +45,7 @@ def test_options_are_counted() -> None:
         {"mixer": "hola", "key_heads": 1, "key_dim": 8, "value_dim": 12, "conv_width": 3},
         {"mixer": "hola", "memory": dataclasses.replace(tiny.memory, read="unit_l2")},
         {"mixer": "gla", "key_heads": 1, "mlp_dim": 100},
+        {"mixer": "transformer", "norm": "dynamic_tanh", "qk_norm": "heads"},
     ):
         config = dataclasses.replace(tiny, **fields)
         shapes = jax.eval_shape(lambda config=config: functional(LanguageModel(config))[1])

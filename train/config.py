@@ -62,6 +62,7 @@ class TrainConfig:
     loss_chunk     tokens of one device whose logits exist at a time
     log_every      steps between two lines of metrics
     vitals_every   steps between two looks into the memory; 0 never looks
+    depth_every    steps between two looks at the spikes and sinks of all layers; 0 never looks
     eval_every     steps between two held-out losses of `eval_batches` batches; 0 evaluates never
     nan_limit      so many skipped steps stop the run
     writers        besides JSON lines and console: "tensorboard", "wandb"
@@ -83,6 +84,7 @@ class TrainConfig:
     loss_chunk: int = 2048
     log_every: int = 10
     vitals_every: int = 0
+    depth_every: int = 0
     eval_every: int = 0
     eval_batches: int = 8
     nan_limit: int = 10
@@ -90,7 +92,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "global_batch": 1, "row": 1, "microbatches": 1, "loss_chunk": 1, "log_every": 1}
-        least |= {"vitals_every": 0, "eval_every": 0, "eval_batches": 1, "nan_limit": 1}
+        least |= {"vitals_every": 0, "depth_every": 0, "eval_every": 0, "eval_batches": 1, "nan_limit": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least {bound}")

@@ -18,7 +18,6 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hola_jax import diagnostics
 from hola_jax.array_types import Array
 from hola_jax.losses import LossSums, chunked_loss
 from hola_jax.model import Params
@@ -66,13 +65,16 @@ def loss_sums(layout: Layout, params: Params, batch: Batch, *, chunk: int = 2048
     return sums
 
 
-def vital_signs(layout: Layout) -> Callable[..., dict[str, Array]]:
-    """(params, tokens) to the memory's vital signs, divided by the compiler: it is a few rows now and then."""
+Signs = Callable[..., dict[str, Array]]  # of (model, tokens)
 
-    def signs(params: Params, tokens: Array) -> dict[str, Array]:
-        return diagnostics.vital_signs(nnx.merge(nnx.graphdef(layout.abstract_by_xla), params), tokens)
 
-    return jax.jit(signs, out_shardings=NamedSharding(layout.mesh, P()))
+def looker(layout: Layout, signs: Signs) -> Callable[..., dict[str, Array]]:
+    """(params, tokens) to what `signs` tells of the model, divided by the compiler: it is a few rows now and then."""
+
+    def look(params: Params, tokens: Array) -> dict[str, Array]:
+        return signs(nnx.merge(nnx.graphdef(layout.abstract_by_xla), params), tokens)
+
+    return jax.jit(look, out_shardings=NamedSharding(layout.mesh, P()))
 
 
 def gradient(

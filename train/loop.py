@@ -17,6 +17,7 @@ import numpy as np
 from jax import stages
 
 import hola_jax
+from hola_jax import diagnostics
 from train import cluster, forward
 from train import config as configuration
 from train.checkpoint import Checkpoints, check_resumable, shapes
@@ -30,6 +31,8 @@ from train.report import Report, report
 from train.step import Training
 from train.whole import write_whole
 from train.writers import open_writers
+
+SIGNS: dict[str, forward.Signs] = {"vitals": diagnostics.vital_signs, "depth": diagnostics.depth_signs}
 
 
 class Run:
@@ -51,7 +54,7 @@ class Run:
             )
         self.step, self.report = compiled_step(config, self.training)
         self.evaluation: stages.Compiled | None = None
-        self.signs: Callable[..., dict[str, Any]] | None = None
+        self.lookers: dict[str, Callable[..., dict[str, Any]]] = {}
         self._say_report()
         self.baseline = int(self.state["skipped"])
         self.good: int | None = None  # the last checkpoint before the first step skipped by this process
@@ -121,8 +124,9 @@ class Run:
             log.take(step, metrics)
             watchdog.beat()
             last, stopping = step == config.steps, stop.reached(step)
-            if config.vitals_every and step % config.vitals_every == 0:
-                self.look_inside(log, step)
+            for name, every in (("vitals", config.vitals_every), ("depth", config.depth_every)):
+                if every and step % every == 0:
+                    self.look_inside(log, step, name)
             loss = self.evaluate(log, step) if config.eval_every and (last or step % config.eval_every == 0) else None
             if last or stopping or step % config.checkpoint.every == 0:
                 self.save(log, step, loss)
@@ -168,18 +172,17 @@ class Run:
             log.write({"step": step, "held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))})
         return loss
 
-    def look_inside(self, log: Log, step: int) -> None:
-        """Records the vital signs of the memory, on the first two rows of the data."""
-        if self.config.model.mixer != "hola":
+    def look_inside(self, log: Log, step: int, name: str) -> None:
+        """Records signs of the memory ("vitals") or of all layers ("depth"), on the first two rows of the data."""
+        if name == "vitals" and self.config.model.mixer != "hola":
             return
         log.flush()
         with log.meter.clock.besides():
             tokens = np.stack([self.rows[index]["tokens"] for index in range(2)])
-            if self.signs is None:
-                self.signs = forward.vital_signs(self.training.layout)
-            log.write(
-                {"step": step, **{name: float(x) for name, x in self.signs(self.state["params"], tokens).items()}}
-            )
+            if name not in self.lookers:
+                self.lookers[name] = forward.looker(self.training.layout, SIGNS[name])
+            found = jax.device_get(self.lookers[name](self.state["params"], tokens))
+            log.write({"step": step, **{sign: float(x) for sign, x in found.items()}})
 
     def check_skipped(self, skipped: int, step: int) -> None:
         """Raises when too many steps were not finite."""

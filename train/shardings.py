@@ -53,9 +53,14 @@ TABLE = ShardingTable()
 CLASSES = {
     "embedding": "embedding_ed",
     "unembedding.kernel": "unembedding_de",
-    "norm.scale": "norm_d",
-    "blocks.mixer_norm.scale": "norm_nd",
-    "blocks.mlp_norm.scale": "norm_nd",
+    "norm.*": "norm_d",
+    "read.query": "norm_d",
+    "read.scale": "norm_d",
+    "blocks.*_read.query": "norm_nd",  # whole, for all layers' readers run before their layers
+    "blocks.*_read.scale": "norm_nd",
+    "blocks.mixer_norm.*": "norm_nd",
+    "blocks.mlp_norm.*": "norm_nd",
+    "blocks.*_answer_norm.scale": "norm_nd",
     "blocks.mlp.gate.kernel": "into_mlp_ndf",
     "blocks.mlp.up.kernel": "into_mlp_ndf",
     "blocks.mlp.down.kernel": "from_mlp_nfd",
@@ -72,6 +77,8 @@ CLASSES = {
     "blocks.mixer.output.kernel": "from_heads_nxd",
     "blocks.mixer.*_conv.kernel": "convolution_nwx",
     "blocks.mixer.norm.scale": "of_channel_nk",
+    "blocks.mixer.query_norm.scale": "of_channel_nk",
+    "blocks.mixer.key_norm.scale": "of_channel_nk",
     "blocks.mixer.decay.A_log": "of_head_nh",
     "blocks.mixer.decay.dt_bias": "of_head_nh",  # of KDA: one per channel, X
     "blocks.mixer.cache.query_scale": "of_channel_nk",

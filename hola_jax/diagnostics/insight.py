@@ -8,6 +8,7 @@ read's weights are what is read where the value of each token is the unit vector
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,26 +67,23 @@ def insight(model: LanguageModel, tokens: Int[Array | np.ndarray, " T"]) -> Insi
     return _insight(structure, nnx.to_pure_dict(params), jnp.asarray(tokens, jnp.int32))
 
 
+def note_memory(block: Block) -> Callable[[], Handed]:
+    """Notes what the block's mixer, HOLA, hands to its memory; to be asked after the block has run."""
+    mixer, noted = block.mixer, []
+    remember = mixer.remember
+
+    def remembering(*arrays: Array, **context: Any) -> tuple[Array, Any]:
+        out, memory = remember(*arrays, **context)
+        noted.append(Handed(Inputs(*arrays), mixer.cache.params(), out))
+        return out, memory
+
+    mixer.remember = remembering
+    return lambda: noted[0]
+
+
 def handed(model: LanguageModel, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], Handed]:
     """(the model's logits, what its layers handed to their memories on the way)."""
-    structure, params = nnx.split(model.blocks)
-    x = jnp.take(model.embedding[...], tokens, axis=0).astype(model.config.compute_dtype)
-
-    def layer(x: Array, params: Any) -> tuple[Array, Handed]:
-        block: Block = nnx.merge(structure, params)
-        mixer, noted = block.mixer, []
-        remember = mixer.remember
-
-        def noting(*arrays: Array, **context: Any) -> tuple[Array, Any]:
-            out, memory = remember(*arrays, **context)
-            noted.append(Handed(Inputs(*arrays), mixer.cache.params(), out))
-            return out, memory
-
-        mixer.remember = noting
-        x, _ = block(x)
-        return x, noted[0]
-
-    x, found = lax.scan(layer, x, nnx.to_pure_dict(params))
+    x, found = model.watched(tokens, note_memory)
     return model.head(model.norm(x)), found
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.layers.hola import HOLA
@@ -55,16 +54,19 @@ def vital_signs(model: LanguageModel, tokens: Int[Array, "B T"]) -> dict[str, Fl
 
 def _sink_mass(model: LanguageModel, token: Int[Array, "B 1"], state: Any) -> Float[Array, "N B H"]:
     """What each layer's read of one more token gives to the null sink."""
-    structure, params = nnx.split(model.blocks)
-    x = jnp.take(model.embedding[...], token, axis=0).astype(model.config.compute_dtype)
 
-    def layer(x: Array, params_and_state: tuple[Any, Any]) -> tuple[Array, Array]:
-        params, state = params_and_state
-        block: Block = nnx.merge(structure, params)
-        mass = 1 - _visible_mass(block.mixer, block.mixer_norm(x), state)
-        return block(x, None, state)[0], mass
+    def noting(block: Block) -> Callable[[], Array]:
+        mix, noted = block.mix, []
 
-    return lax.scan(layer, x, (nnx.to_pure_dict(params), state))[1]
+        def mixing(x: Array, segment_ids: Array | None, state: Any, sequence_axis: str | None) -> tuple[Array, Any]:
+            noted.append(1 - _visible_mass(block.mixer, block.mixer_norm(x), state))
+            return mix(x, segment_ids, state, sequence_axis)
+
+        block.mix = mixing  # type: ignore[method-assign]
+        return lambda: noted[0]
+
+    mass: Array = model.watched(token, noting, state)[1]
+    return mass
 
 
 def _visible_mass(mixer: HOLA, x: Float[Array, "B 1 D"], state: Any) -> Float[Array, "B H"]:

@@ -18,6 +18,7 @@ from hola_jax.array_types import Array, Bool, Float, Int, Int32
 from hola_jax.config import ModelConfig
 from hola_jax.layers.init import named_key
 from hola_jax.layers.linear import Linear
+from hola_jax.layers.norm import RMSNorm
 from hola_jax.memory import poison, validate
 
 
@@ -62,6 +63,9 @@ class Attention(nnx.Module):
         self.key = Linear(config.dim, keys, named_key(key, "key"))
         self.value = Linear(config.dim, keys, named_key(key, "value"))
         self.output = Linear(values, config.dim, named_key(key, "output"))
+        by_heads = config.qk_norm == "heads"
+        self.query_norm = RMSNorm(config.key_width, config.norm_epsilon) if by_heads else None
+        self.key_norm = RMSNorm(config.key_width, config.norm_epsilon) if by_heads else None
 
     @staticmethod
     def init_state(config: ModelConfig, batch: int) -> KeyValueState:
@@ -78,8 +82,9 @@ class Attention(nnx.Module):
         state: KeyValueState | None = None,
         *,
         sequence_axis: str | None = None,
+        values_of: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueState]:
-        y, tokens = self.answer(x, segment_ids, state, sequence_axis=sequence_axis)
+        y, tokens = self.answer(x, segment_ids, state, sequence_axis=sequence_axis, values_of=values_of)
         return y, self.commit(self.init_state(self.config, x.shape[0]) if state is None else state, tokens)
 
     def answer(
@@ -89,8 +94,10 @@ class Attention(nnx.Module):
         state: KeyValueState | None = None,
         *,
         sequence_axis: str | None = None,
+        values_of: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Tokens]:
-        """The output, and the tokens that `commit` adds to the state: the state itself is only read."""
+        """The output, and the tokens that `commit` adds to the state: the state itself is only read. Values are made of
+        `values_of` where it is given, and of x otherwise."""
         batch, length, _ = x.shape
         fresh = state is None
         state = self.init_state(self.config, batch) if state is None else state
@@ -108,7 +115,7 @@ class Attention(nnx.Module):
             start = start + jnp.sum(jnp.where(earlier, counts, 0), axis=0)
         positions = start[:, None] + count - 1
 
-        q, tokens = self._project(x, documents, positions)
+        q, tokens = self.project(x, x if values_of is None else values_of, documents, positions)
         offset = jnp.zeros((), jnp.int32)
         if sequence_axis is not None:
             gathered = [lax.all_gather(part, sequence_axis, axis=1, tiled=True) for part in tokens]
@@ -170,16 +177,19 @@ class Attention(nnx.Module):
                 "the state has no room for these tokens; raise ModelConfig.max_length",
             )
 
-    def _project(self, x: Array, documents: Array, positions: Array) -> tuple[Float[Array, "B T H K"], Tokens]:
+    def project(
+        self, x: Array, values_of: Array, documents: Array, positions: Array
+    ) -> tuple[Float[Array, "B T H K"], Tokens]:
         """Queries, and keys and values without NaN and inf."""
         config = self.config
 
-        def heads(x: Array, count: int) -> Array:
-            return x.reshape(*x.shape[:2], count, -1)
+        def heads(x: Array, count: int, norm: RMSNorm | None) -> Array:
+            x = x.reshape(*x.shape[:2], count, -1)
+            return x if norm is None else norm(x)
 
-        q = rotate(heads(self.query(x), config.heads), positions, config.rope_theta)
-        k = rotate(heads(self.key(x), config.key_head_count), positions, config.rope_theta)
-        v = heads(self.value(x), config.key_head_count)
+        q = rotate(heads(self.query(x), config.heads, self.query_norm), positions, config.rope_theta)
+        k = rotate(heads(self.key(x), config.key_head_count, self.key_norm), positions, config.rope_theta)
+        v = heads(self.value(values_of), config.key_head_count, None)
         bad = poison.not_finite(k) | poison.not_finite(v)
         k, v = poison.cleaned(k, bad), poison.cleaned(v, bad)
         return q, Tokens(k, v, documents, positions, jnp.any(bad, axis=-1) & (documents > 0))

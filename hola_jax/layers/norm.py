@@ -1,4 +1,5 @@
-"""Root mean square norms, in float32 inside; row by row, so nothing passes from one token to another."""
+"""Root mean square norms and what may stand in their place, in float32 inside; row by row, so nothing passes from one token
+to another."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from hola_jax.array_types import Array, Float
+from hola_jax.config import ModelConfig
 
 
 class RMSNorm(nnx.Module):
@@ -42,3 +44,21 @@ class GatedNorm(RMSNorm):
             activate = jax.nn.silu if self.activation == "silu" else jax.nn.sigmoid
             out = out * activate(gate.astype(jnp.float32))
         return out.astype(x.dtype)
+
+
+class DynamicTanh(nnx.Module):
+    """scale * tanh(alpha x) + shift (arXiv 2503.10622): bounds what is large as a norm does, and measures nothing."""
+
+    def __init__(self, width: int) -> None:
+        self.alpha = nnx.Param(jnp.full(1, 0.5), weight_decay=False)
+        self.scale = nnx.Param(jnp.ones(width), weight_decay=False)
+        self.shift = nnx.Param(jnp.zeros(width), weight_decay=False)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        bounded = jnp.tanh(self.alpha[...] * x.astype(jnp.float32))
+        return (bounded * self.scale[...] + self.shift[...]).astype(x.dtype)
+
+
+def norm_of(config: ModelConfig) -> RMSNorm | DynamicTanh:
+    """A norm over D of the kind that is configured."""
+    return DynamicTanh(config.dim) if config.norm == "dynamic_tanh" else RMSNorm(config.dim, config.norm_epsilon)

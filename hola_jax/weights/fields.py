@@ -110,6 +110,12 @@ def hugging_face(config: ModelConfig) -> Fields:
 def check_exportable(config: ModelConfig) -> None:
     """Raises for a model that a folder in flash-linear-attention's layout cannot describe."""
     check_family(config.mixer)
+    for name, only in (("residual", "plain"), ("norm", "pre"), ("qk_norm", "none")):
+        if (value := getattr(config, name)) != only:
+            raise NotImplementedError(
+                f"{name}={value!r}: flash-linear-attention's layout has no place for its parameters; only {only!r} can be "
+                "written so, and a run's own folder keeps every model"
+            )
     if config.mixer == "transformer" and config.heads * config.key_width != config.dim:
         raise NotImplementedError(
             f"key_dim={config.key_width} with {config.heads} heads: the Transformer's layout has no head width of its own, "

@@ -13,11 +13,16 @@ from train.layout import Layout
 from train.mesh import MeshConfig, make_mesh
 from train.shardings import CLASSES, TABLE, path_name, spec_of
 
+LEVERS = [
+    ("gla", {"norm": "dynamic_tanh", "residual": "attention"}),
+    ("transformer", {"norm": "sandwich", "qk_norm": "heads"}),
+]
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_every_parameter_has_a_class(mixer):
+
+@pytest.mark.parametrize(("mixer", "fields"), [*((mixer, {}) for mixer in MIXERS), *LEVERS])
+def test_every_parameter_has_a_class(mixer, fields):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    layout = Layout(tiny(mixer, tie_embeddings=False), mesh)
+    layout = Layout(tiny(mixer, tie_embeddings=False, **fields), mesh)
     assert not layout.undivided
     for (path, spec), shape in zip(
         jax.tree.leaves_with_path(layout.specs, is_leaf=lambda x: isinstance(x, P)),

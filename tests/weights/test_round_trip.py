@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hola_jax import LanguageModel, MemoryConfig, functional, weights
+from hola_jax.weights.fields import hugging_face
 from tests.laws.mixers import MIXERS, small
 from tests.weights.broken import BROKEN
 
@@ -326,3 +327,13 @@ def test_keys_are_listed_with_shapes(tmp_path):
 def test_a_transformer_whose_heads_are_not_dim_wide_cannot_be_described(tmp_path):
     with pytest.raises(NotImplementedError, match=r"key_dim=8 with 2 heads: .* 32 / 2"):
         folder_of(small("transformer"), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "fields"),
+    [("hola", {"residual": "attention"}), ("hola", {"norm": "sandwich"}), ("transformer", {"qk_norm": "heads"})],
+)
+def test_a_rule_over_depth_or_another_norm_cannot_be_described(mixer, fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(NotImplementedError, match=f"{name}='{value}': .* has no place for its parameters"):
+        hugging_face(small(mixer, **fields))
