@@ -223,5 +223,8 @@ def memory_work(config: ModelConfig) -> Work | None:
     if config.mixer == "transformer":
         return None
     sizes = (config.heads, config.key_head_count, config.key_width, config.value_width, (config.dtype,) * 3)
-    cache = (config.memory.window, config.memory.block) if config.mixer == "hola" else (None, None)
-    return Work(*sizes, config.mixer in DELTA_MIXERS, config.mixer == "kda", *cache)
+    work = Work(*sizes, config.mixer in DELTA_MIXERS, config.mixer == "kda")
+    if config.mixer != "hola":
+        return work
+    memory = config.memory
+    return work._replace(window=memory.window, block=memory.block, only_xla=memory.only_xla, rescored=memory.rescored)

@@ -60,6 +60,11 @@ def insight(model: LanguageModel, tokens: Int[Array | np.ndarray, " T"]) -> Insi
     """What a model whose mixer is HOLA keeps and reads of one text; the weights take N H T^2 numbers."""
     if model.config.mixer != "hola":
         raise ValueError(f"the model's mixer is {model.config.mixer!r}; only 'hola' has an exact cache to look into")
+    if model.config.memory.rescored:
+        raise ValueError(
+            f"the model's score is {model.config.memory.score!r}, which changes while a token is held; only scores that are "
+            "fixed when a token is written can be shown beside it"
+        )
     if tokens.ndim != 1 or not len(tokens):
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be [T], one text of at least one token")
     structure, params = nnx.split(model)

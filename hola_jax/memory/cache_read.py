@@ -64,27 +64,32 @@ def _dot(spec: str, stored: Array, other: Array) -> Array:
     )
 
 
-def _logits(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, list[Array]]:
+def _logits(queries: Array, cache_keys: Array, block_keys: Array, masks: Masks) -> tuple[Array, list[Array]]:
     """Logits of one block: the cache's rows by all queries, and for each tile the block's keys it may see by its queries."""
     allowed = masks.filled if masks.cache is None else masks.filled & masks.cache
-    cache = jnp.where(allowed, _dot("...wk,...ck->...wc", visible.cache_keys, queries), -jnp.inf)
+    cache = jnp.where(allowed, _dot("...wk,...ck->...wc", cache_keys, queries), -jnp.inf)
     block, tiles = queries.shape[-2], []
     for tile in query_tiles(block):
         causal = jnp.asarray(np.tri(block, dtype=bool)[tile, : tile.stop].T)
         if masks.block is not None:
             causal = causal & masks.block[..., : tile.stop, tile]
-        logits = _dot("...jk,...ck->...jc", visible.block_keys[..., : tile.stop, :], queries[..., tile, :])
+        logits = _dot("...jk,...ck->...jc", block_keys[..., : tile.stop, :], queries[..., tile, :])
         tiles.append(jnp.where(causal, logits, -jnp.inf))
     return cache, tiles
+
+
+def _largest(cache: Array, tiles: list[Array], sink: Array) -> Array:
+    """The largest logit of each query, [B, h, r, 1, C]."""
+    top = jnp.concatenate([jnp.max(logits, axis=-2, keepdims=True) for logits in tiles], axis=-1)
+    return jnp.maximum(jnp.maximum(top, jnp.max(cache, axis=-2, keepdims=True, initial=-jnp.inf)), sink)
 
 
 def _read_block(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, Array]:
     """One block: (what is read [B, C, h, r, V], logarithm of the softmax's sum [B, h, r, 1, C])."""
     queries, visible = heads_first(queries), _turned(visible)
-    cache, tiles = _logits(queries, visible, masks)
+    cache, tiles = _logits(queries, visible.cache_keys, visible.block_keys, masks)
     sink = visible.sink_logit[:, :, None, None]
-    top = jnp.concatenate([jnp.max(logits, axis=-2, keepdims=True) for logits in tiles], axis=-1)
-    top = jnp.maximum(jnp.maximum(top, jnp.max(cache, axis=-2, keepdims=True, initial=-jnp.inf)), sink)
+    top = _largest(cache, tiles, sink)
     weights = jnp.exp(cache - top)
     total = jnp.sum(weights, axis=-2, keepdims=True) + jnp.exp(sink - top)
     out = _dot("...wv,...wc->...cv", visible.cache_values, weights)
@@ -98,13 +103,38 @@ def _read_block(queries: Array, visible: Visible, masks: Masks) -> tuple[Array, 
     return tokens_first(out), top + jnp.log(total)
 
 
+def mass_received(
+    queries: Float[Array, "B C h r K"],
+    cache_keys: Float[Array, "B h r W K"],
+    block_keys: Float[Array, "B C h 1 K"],
+    sink_logit: Float[Array, "h r"],
+    masks: Masks,
+    asking: Bool[Array, "B C"],
+) -> tuple[Float[Array, "B h r W"], Float[Array, "B h r C"]]:
+    """Of the reads of one block by those of its tokens that are `asking`: the softmax weights that each row of the cache
+    gets, added up, and each token of the block."""
+    block, sink = queries.shape[1], sink_logit.astype(jnp.float32)[:, :, None, None]
+    cache, tiles = _logits(heads_first(queries), cache_keys, heads_first(block_keys), masks)
+    top = _largest(cache, tiles, sink)
+    of_cache, of_tiles = jnp.exp(cache - top), []
+    total = jnp.sum(of_cache, axis=-2, keepdims=True) + jnp.exp(sink - top)
+    for tile, logits in zip(query_tiles(block), tiles, strict=True):
+        of_tiles.append(jnp.exp(logits - top[..., tile]))
+        total = total.at[..., tile].add(jnp.sum(of_tiles[-1], axis=-2, keepdims=True))
+    share = jnp.where(asking[:, None, None, None], 1 / total, 0.0)
+    of_block = jnp.zeros((*share.shape[:3], block), jnp.float32)
+    for tile, weights in zip(query_tiles(block), of_tiles, strict=True):
+        of_block = of_block.at[..., : tile.stop].add(jnp.sum(weights * share[..., tile], axis=-1))
+    return jnp.sum(of_cache * share, axis=-1), of_block
+
+
 def _block_gradient(
     queries: Array, visible: Visible, masks: Masks, out: Array, log_total: Array, d_out: Array
 ) -> tuple[Array, Visible]:
     """Of one block, by its queries and by what it saw."""
     given, visible = visible, _turned(visible)
     queries, out, d_out = heads_first(queries), heads_first(out), heads_first(d_out)
-    cache, tiles = _logits(queries, visible, masks)
+    cache, tiles = _logits(queries, visible.cache_keys, visible.block_keys, masks)
     spent = jnp.swapaxes(jnp.sum(d_out * out, axis=-1, keepdims=True), -1, -2)
     sink_weight = jnp.exp(visible.sink_logit[:, :, None, None] - log_total)
 
@@ -170,8 +200,9 @@ def read_token(
     values: list[Float[Array, "B h r _ V"]],
     allowed: list[Bool[Array, "B h r _"]],
     sink_logit: Float[Array, "h r"],
-) -> Float[Array, "B h r V"]:
-    """The read of one token over several stores of rows and the null sink, in float32."""
+) -> tuple[Float[Array, "B h r V"], Float[Array, "B h r X"]]:
+    """The read of one token over several stores of rows and the null sink, in float32; and the weights of the rows, X of
+    all stores together."""
     logits = [
         jnp.where(mask, _dot("bhrxk,bhrk->bhrx", store, query), -jnp.inf)
         for store, mask in zip(keys, allowed, strict=True)
@@ -182,4 +213,4 @@ def read_token(
     for store in values:
         stop = start + store.shape[-2]
         out, start = out + _dot("bhrxv,bhrx->bhrv", store, weights[..., start:stop]), stop
-    return out
+    return out, weights[..., :-1]

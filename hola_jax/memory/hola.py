@@ -55,7 +55,7 @@ def hola_memory(
     """
     inputs = Inputs(q, k, v, beta, log_decay)
     validate.inputs(inputs, cache_params, config, segment_ids, state, sequence_axis)
-    cache = {"window": config.window, "block": config.block}
+    cache = {"window": config.window, "block": config.block, "only_xla": config.only_xla, "rescored": config.rescored}
     batch, length = v.shape[:2]
     fresh = state is None
     work = kernels.work_of(q, k, v, channels=log_decay.ndim == 4, continued=not fresh, **cache)

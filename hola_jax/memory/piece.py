@@ -1,8 +1,9 @@
 """Many tokens at once: the chunked path of HOLA's memory.
 
 Three phases: tokens are lined up with the blocks (`align`), the state path gives outputs and scores, and the scores
-decide what each block finds in the cache, which is then read. The last two are in `by_xla` and in `by_kernels`. Along a mesh
-axis the same phases run on each device's part, and `devices` tells what a part must know of those before it.
+decide what each block finds in the cache, which is then read. The last two are in `by_xla` and in `by_kernels`; where scores
+change while a pair is held, the last is in `rescored`. Along a mesh axis the same phases run on each device's part, and
+`devices` tells what a part must know of those before it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int32
-from hola_jax.memory import by_kernels, by_xla, poison
+from hola_jax.memory import by_kernels, by_xla, poison, rescored
 from hola_jax.memory.align import Inputs, Piece, align, to_places, to_tokens
 from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.devices import cache_before_device, counters_before_device, last_device_with_tokens
@@ -118,8 +119,13 @@ def _phases(
         before_device = cache_before_device(piece, scores, positions, before_device, state.document, axis)
         fresh = False
     whole = (before_device.position + count - start) // block  # complete blocks of the piece, per row
-    read = partial(by_xla.read_blocks, fresh) if kernels is None else partial(by_kernels.read_blocks, kernels)
-    o_cache, kept = read(piece, scores, positions, whole, params, config, before_device)
+    given = (piece, scores, positions, whole, params, config, before_device)
+    if config.rescored:
+        o_cache, kept, scores = rescored.read_blocks(fresh, *given)
+    elif kernels is None:
+        o_cache, kept = by_xla.read_blocks(fresh, *given)
+    else:
+        o_cache, kept = by_kernels.read_blocks(kernels, *given)
     gate = jax.nn.sigmoid(params.gate_logit.astype(jnp.float32))[:, None]
     out = (state_out.out + gate * o_cache).astype(inputs.v.dtype)
     after = _state_after(piece, scores, positions, kept, whole, count, config, before_device)

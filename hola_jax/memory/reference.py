@@ -50,6 +50,7 @@ def _score(config: MemoryConfig, token: Token, error: Array, position: Array, he
         "write": token.beta * jnp.linalg.norm(token.v.astype(jnp.float32)),
         "recency": position.astype(jnp.float32),
         "random": hashed_score(position, heads, config.seed)[head],
+        "attention": jnp.float32(0),  # nobody has read it yet
     }[config.score]
     return lax.stop_gradient(score)
 
@@ -131,6 +132,12 @@ def _token(
     weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))  # Eq. 7
     o_cache = weights[:-1] @ values
     out = o_state + jax.nn.sigmoid(params.gate_logit[head]) * o_cache
+    if config.score == "attention":  # H2O: a_j <- a_j + w_tj, the null sink in the softmax's sum
+        given = lax.stop_gradient(weights)
+        memory = memory._replace(
+            cache_scores=memory.cache_scores + given[: config.window],
+            block_scores=memory.block_scores + given[config.window : -1],
+        )
 
     full = _finish_block(memory, visible, block_start, config.window)
     memory = jax.tree.map(lambda a, b: jnp.where(fill == block - 1, a, b), full, memory)

@@ -11,10 +11,11 @@ from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Float, Int32
 
-Score = Literal["surprise", "residual", "write", "recency", "random"]
+Score = Literal["surprise", "residual", "write", "recency", "random", "attention"]
 Read = Literal["rmsnorm", "unit_l2"]
 Scan = Literal["auto", "associative", "sequential"]
 
+RESCORED = ("attention",)  # scores of a pair that change while it is held
 EMPTY = -1  # position of a cache row that holds no token
 
 
@@ -26,7 +27,8 @@ class MemoryConfig:
     block        C, tokens of a block; a token competes for the cache when its block is complete
     chunk        c, tokens of a delta-rule chunk: changes speed, not meaning; divides `block`
     score        what a token must be large in to stay: "surprise" beta|e|, "residual" |e|, "write" beta|v|,
-                 "recency" its position, "random" a fixed hash of its position, head and `seed`
+                 "recency" its position, "random" a fixed hash of its position, head and `seed`. These are fixed when the
+                 token is written. "attention" is not: the softmax weights that reads gave it so far, added up (H2O)
     read         how the visible set is read: "rmsnorm" (sharp, decoupled) or "unit_l2" (unit vectors, learned temperature)
     scan         how chunks are joined: "sequential" carries the state, "associative" is a parallel prefix scan,
                  "auto" picks by a measured rule (see `delta_rule.choose_scan`)
@@ -60,6 +62,16 @@ class MemoryConfig:
     def scale(self, key_dim: int) -> float:
         """The factor on the state's output."""
         return key_dim**-0.5 if self.state_scale is None else self.state_scale
+
+    @property
+    def rescored(self) -> bool:
+        """Whether pairs are scored anew at each block's end, so that blocks must be ranked one after the other."""
+        return self.score in RESCORED
+
+    @property
+    def only_xla(self) -> str:
+        """Why no kernel runs this memory; empty where some may."""
+        return f"score={self.score!r} is made anew at each block's end, which no kernel does" if self.rescored else ""
 
     def meaning(self) -> MemoryConfig:
         """This configuration without the fields that change only how fast the result comes."""

@@ -13,6 +13,7 @@ from hola_jax.memory import CacheParams, MemoryConfig
 from tests.laws.cases import (
     CONFIG,
     PARAMS,
+    RESCORED,
     SEGMENTS,
     T,
     assert_close,
@@ -31,10 +32,11 @@ VARIANTS = {
     "recency": MemoryConfig(window=3, block=16, chunk=16, score="recency", state_scale=1.0),
     "random": MemoryConfig(window=4, block=8, chunk=2, score="random", seed=7),
     "no-cache": MemoryConfig(window=0, block=8, chunk=4),
+    **RESCORED,
 }
 # The kernels take turns of their own, whatever the scan; and scores that are given, as in "write", are one way to them.
 CASES = [(variant, "xla") for variant in VARIANTS]
-CASES += [(variant, "interpret") for variant in VARIANTS if variant not in ("associative", "random")]
+CASES += [(variant, "interpret") for variant in VARIANTS if variant not in ("associative", "random", *RESCORED)]
 
 
 def compare(config, implementation, arrays, segments, atol=2e-5, grad_atol=1e-4):
@@ -116,3 +118,13 @@ def test_ties_are_won_by_the_earlier_token():
         _, (_, state) = compiled_gradient(config, implementation)(arrays, PARAMS, np.ones_like(SEGMENTS))
         assert state.cache_positions.tolist() == [[list(range(10))] * 2] * 2
     assert config.window < T // config.block * config.block
+
+
+@pytest.mark.parametrize("config", RESCORED.values(), ids=RESCORED)
+def test_ties_are_won_by_the_earlier_token_though_scores_change(config):
+    q, k, v, beta, g = inputs(8)
+    arrays = [q, jnp.zeros_like(k), jnp.ones_like(v), beta, g]
+    blind = PARAMS._replace(sink_logit=jnp.full(2, 1e4))  # all weights are nothing: exp underflows
+    for implementation in ("reference", "xla"):
+        _, (_, state) = compiled_gradient(config, implementation)(arrays, blind, np.ones_like(SEGMENTS))
+        assert state.cache_positions.tolist() == [[list(range(4))] * 2] * 2

@@ -13,6 +13,7 @@ from hola_jax.memory import MemoryConfig, cached_positions, init_state
 from tests.laws.cases import (
     CONFIG,
     KEY_HEADS,
+    RESCORED,
     SEGMENTS,
     B,
     H,
@@ -66,6 +67,7 @@ def test_whole_is_split(cuts, segments, implementation):
         ("residual", "xla", SEGMENTS),
         ("write", "xla", SEGMENTS),
         ("random", "xla", SEGMENTS),
+        *((score, "xla", SEGMENTS) for score in RESCORED),
     ],
 )
 def test_whole_is_token_by_token(score, implementation, segments):
@@ -75,6 +77,18 @@ def test_whole_is_token_by_token(score, implementation, segments):
     steps, after = run_in_pieces(compiled(config, implementation), arrays, segments, list(range(1, T)), empty(config))
     assert_close(steps, whole)
     assert_same_state(after, state)
+
+
+@pytest.mark.parametrize("config", RESCORED.values(), ids=RESCORED)
+def test_whole_is_split_where_scores_change(config):
+    """Cut in the middle of a block, and at its end, where rows stand at different places in theirs."""
+    arrays = inputs()
+    whole, state = compiled(config)(arrays, SEGMENTS)
+    for cuts in ("mid-block", "late"):
+        parts, after = run_in_pieces(compiled(config), arrays, SEGMENTS, CUTS[cuts], empty(config))
+        assert_close(parts, whole)
+        assert_same_state(after, state)
+    assert after.nbytes == empty(config).nbytes
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])

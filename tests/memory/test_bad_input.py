@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import checkify
 
 from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, init_state
-from tests.laws.cases import CONFIG, KEY_HEADS, PARAMS, SEGMENTS, B, H, K, T, V, compiled, inputs
+from tests.laws.cases import CONFIG, KEY_HEADS, PARAMS, RESCORED, SEGMENTS, B, H, K, T, V, compiled, inputs
 
 
 def call(config=CONFIG, params=PARAMS, segment_ids=None, state=None, implementation=None, **changed):
@@ -47,6 +47,16 @@ REFUSED = {
     "config": ({"config": "surprise"}, TypeError, "config is a str; it must be a MemoryConfig"),
     "implementation": ({"implementation": "cuda"}, ValueError, "implementation is 'cuda'; it must be"),
     "pallas": ({"implementation": "pallas"}, NotImplementedError, "use implementation='xla'"),
+    "new scores by pallas": (
+        {"config": RESCORED["attention"], "implementation": "pallas"},
+        NotImplementedError,
+        "score='attention' is made anew at each block's end, which no kernel does; use implementation='xla'",
+    ),
+    "new scores by kernel": (
+        {"config": RESCORED["attention"], "implementation": "interpret"},
+        NotImplementedError,
+        "score='attention'",
+    ),
     "decay by kernel": (
         {"log_decay": jnp.zeros((B, T, H, 8)), "implementation": "interpret"},
         NotImplementedError,
