@@ -33,6 +33,7 @@ def state_path(
         initial=initial,
         initial_document=document,
         magnitude=magnitude_kind(config),
+        every=config.block if config.score == "recall" else None,
         sequence_axis=axis,
     )
 

@@ -121,7 +121,7 @@ def _phases(
     whole = (before_device.position + count - start) // block  # complete blocks of the piece, per row
     given = (piece, scores, positions, whole, params, config, before_device)
     if config.rescored:
-        o_cache, kept, scores = rescored.read_blocks(fresh, *given)
+        o_cache, kept, scores = rescored.read_blocks(fresh, *given, state_out.states)
     elif kernels is None:
         o_cache, kept = by_xla.read_blocks(fresh, *given)
     else:

@@ -13,7 +13,7 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.memory.exact_cache import hashed_score
-from hola_jax.memory.norms import rms_norm, unit_l2
+from hola_jax.memory.norms import of_state, rms_norm, unit_l2
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
 
@@ -51,6 +51,7 @@ def _score(config: MemoryConfig, token: Token, error: Array, position: Array, he
         "recency": position.astype(jnp.float32),
         "random": hashed_score(position, heads, config.seed)[head],
         "attention": jnp.float32(0),  # nobody has read it yet
+        "recall": jnp.float32(0),  # until the block is complete
     }[config.score]
     return lax.stop_gradient(score)
 
@@ -78,18 +79,21 @@ def _start_document(memory: Head, document: Array) -> Head:
     )
 
 
-def _finish_block(memory: Head, visible: Array, block_start: Array, window: int) -> Head:
+def _finish_block(memory: Head, visible: Array, block_start: Array, params: CacheParams, config: MemoryConfig) -> Head:
     """The best W of the cache and of the block's visible tokens; the earlier token wins a tie."""
-    block = memory.block_scores.shape[0]
+    block, window = config.block, config.window
     scores = jnp.concatenate([memory.cache_scores, jnp.where(visible, memory.block_scores, -jnp.inf)])
+    keys = jnp.concatenate([memory.cache_keys, memory.block_keys])
+    values = jnp.concatenate([memory.cache_values, memory.block_values])
+    if config.score == "recall":  # LoLA's SRE with HOLA's state: |S' k^ - v|
+        error = of_state(keys, params, config) @ memory.fast_weights - values.astype(jnp.float32)
+        scores = jnp.where(scores > -jnp.inf, lax.stop_gradient(jnp.linalg.norm(error, axis=-1)), -jnp.inf)
     positions = jnp.concatenate([memory.cache_positions, block_start + jnp.arange(block)])
     best = jnp.lexsort((positions, -scores))[:window]
     filled = scores[best] > -jnp.inf
-    keys = jnp.concatenate([memory.cache_keys, memory.block_keys])[best]
-    values = jnp.concatenate([memory.cache_values, memory.block_values])[best]
     return memory._replace(
-        cache_keys=jnp.where(filled[:, None], keys, 0),
-        cache_values=jnp.where(filled[:, None], values, 0),
+        cache_keys=jnp.where(filled[:, None], keys[best], 0),
+        cache_values=jnp.where(filled[:, None], values[best], 0),
         cache_scores=scores[best],
         cache_positions=jnp.where(filled, positions[best], EMPTY),
         block_keys=jnp.zeros_like(memory.block_keys),
@@ -139,7 +143,7 @@ def _token(
             block_scores=memory.block_scores + given[config.window : -1],
         )
 
-    full = _finish_block(memory, visible, block_start, config.window)
+    full = _finish_block(memory, visible, block_start, params, config)
     memory = jax.tree.map(lambda a, b: jnp.where(fill == block - 1, a, b), full, memory)
     return memory._replace(position=memory.position + 1), out
 

@@ -6,6 +6,9 @@ may have been worth keeping later. So blocks are ranked one after the other, eac
 
 "attention" (H2O) scores a pair by the softmax weights that reads have given it so far. So the scan over blocks makes each
 block's logits once for the choice, and the read makes them again: one product of queries and keys more.
+
+"recall" (LoLA's self-recall error, by HOLA's state) scores a pair by |S' k^ - v|: how wrong S, as it is after the block,
+gives its value back. In HOLA every pair is written to S, held by the cache or not.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from hola_jax.memory.align import Piece
 from hola_jax.memory.by_xla import Kept, heads_apart, kept_rows, read_masks, read_rows
 from hola_jax.memory.cache_read import mass_received
 from hola_jax.memory.exact_cache import Rows, best_by_position
+from hola_jax.memory.norms import of_state
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
 
 
@@ -30,6 +34,7 @@ class Cache(NamedTuple):
     rows: Rows
     positions: Int32[Array, "B H W"]
     keys: Float[Array, "B H W K"]
+    values: Float[Array, "B H W V"]
 
 
 class Block(NamedTuple):
@@ -37,11 +42,13 @@ class Block(NamedTuple):
 
     queries: Float[Array, "B C H K"]
     keys: Float[Array, "B C h K"]
+    values: Float[Array, "B C H V"]
     own: Int32[Array, "B C"]
     documents: Int32[Array, "B C"]
     scores: Float[Array, "B C H"]  # those that the piece finds with the running block
     positions: Int32[Array, "B C"]
     places: Int32[Array, "B C"]
+    state: Float[Array, "B H K V"] | None  # S after the block, for "recall"
 
 
 class Ranked(NamedTuple):
@@ -63,10 +70,14 @@ def read_blocks(
     params: CacheParams,
     config: MemoryConfig,
     state: MemoryState,
+    states: Float[Array, "n B H K V"] | None,
 ) -> tuple[Float[Array, "B L H V"], Kept, Float[Array, "B H L"]]:
-    """As `by_xla.read_blocks`; and the scores of the tokens, which the running block keeps."""
-    queries, keys, given, learned, before = lax.stop_gradient((piece.queries, piece.keys, scores, params, state))
-    ranked = rank(piece._replace(queries=queries, keys=keys), given, positions, learned, config, before)
+    """As `by_xla.read_blocks`; and the scores of the tokens, which the running block keeps. "recall" takes the `states`
+    after each block."""
+    still = lax.stop_gradient((piece.queries, piece.keys, piece.values, scores, params, state))
+    queries, keys, values, given, learned, before = still
+    fixed = piece._replace(queries=queries, keys=keys, values=values)
+    ranked = rank(fixed, given, positions, learned, config, before, states)
     out = read_rows(piece, ranked.rows, params, config, state, fresh)
     now = ranked.rows._replace(scores=ranked.scores_now)
     return out, kept_rows(piece, now, positions, whole, config, state, fresh), ranked.of_tokens
@@ -79,6 +90,7 @@ def rank(
     params: CacheParams,
     config: MemoryConfig,
     state: MemoryState,
+    states: Float[Array, "n B H K V"] | None,
 ) -> Ranked:
     """The rows that each block finds, and what they are worth."""
     batch, length, heads = piece.queries.shape[:3]
@@ -88,16 +100,27 @@ def rank(
         return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
 
     places = jnp.broadcast_to(window + jnp.arange(length, dtype=jnp.int32), (batch, length))
-    tokens = (piece.queries, piece.keys, piece.own, piece.documents, scores.swapaxes(1, 2), positions, places)
-    blocks = Block(*map(by_block, tokens))
+    tokens = (
+        piece.queries,
+        piece.keys,
+        piece.values,
+        piece.own,
+        piece.documents,
+        scores.swapaxes(1, 2),
+        positions,
+        places,
+    )
+    blocks = Block(*map(by_block, tokens), state=states)
     own_places = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), state.cache_scores.shape)
     rows = Rows(state.document, state.cache_scores, own_places)
-    found = Cache(rows, state.cache_positions, state.cache_keys)
+    found = Cache(rows, state.cache_positions, state.cache_keys, state.cache_values)
 
     def step(cache: Cache, block: Block) -> tuple[Cache, tuple[Rows, Array, Array]]:
-        of_cache, of_block = _with_attention(cache, block, params, piece.several)
-        after = _merge(cache, block, of_cache, of_block)
-        return after, (cache.rows, of_cache, of_block)
+        if config.score == "attention":
+            now = _with_attention(cache, block, params, piece.several)
+            return _merge(cache, block, *now), (cache.rows, *now)
+        found = _of_state(cache, block, params, config)
+        return _merge(cache, block, *found), (cache.rows, cache.rows.scores, block.scores.swapaxes(1, 2))
 
     last, (before, now, of_tokens) = lax.scan(step, found, blocks)
     return Ranked(
@@ -122,6 +145,37 @@ def _with_attention(
     return cache.rows.scores + of_cache, block.scores.swapaxes(1, 2) + of_block
 
 
+def recall_error(
+    state: Float[Array, "B H K V"],
+    keys: Float[Array, "B H X K"],
+    values: Float[Array, "B H X V"],
+    params: CacheParams,
+    config: MemoryConfig,
+) -> Float[Array, "B H X"]:
+    """|S' k^ - v| of stored pairs; 0 for a head whose S is not finite."""
+    found = jnp.einsum("bhxk,bhkv->bhxv", of_state(keys, params, config), state, precision=lax.Precision.HIGHEST)
+    error = jnp.linalg.norm(found - values.astype(jnp.float32), axis=-1)
+    return jnp.where(jnp.isfinite(error), error, 0.0)
+
+
+def _of_state(
+    cache: Cache, block: Block, params: CacheParams, config: MemoryConfig
+) -> tuple[Float[Array, "B H W"], Float[Array, "B H C"]]:
+    """How wrong the state after the block recalls the cache's rows and the block's tokens."""
+    assert block.state is not None
+    error = recall_error(block.state, *_candidates(cache, block), params, config)
+    of_cache, of_block = error[..., : cache.keys.shape[2]], error[..., cache.keys.shape[2] :]
+    return jnp.where(cache.rows.scores > -jnp.inf, of_cache, -jnp.inf), of_block
+
+
+def _candidates(cache: Cache, block: Block) -> tuple[Float[Array, "B H X K"], Float[Array, "B H X V"]]:
+    """Keys and values of the cache's rows and of the block's tokens behind them."""
+    group = block.values.shape[2] // block.keys.shape[2]
+    of_tokens = jnp.repeat(block.keys.swapaxes(1, 2), group, axis=1)
+    keys = jnp.concatenate([cache.keys, of_tokens], axis=2)
+    return keys, jnp.concatenate([cache.values, block.values.swapaxes(1, 2)], axis=2)
+
+
 def _merge(cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block: Float[Array, "B H C"]) -> Cache:
     """The best rows of the cache and of the block; a document that ended competes no more."""
     heads, window = of_cache.shape[1:]
@@ -136,10 +190,9 @@ def _merge(cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block
 
     positions, places = joined(cache.positions, block.positions), joined(cache.rows.places, block.places)
     best, index = best_by_position(scores, positions, window)
-    of_tokens = jnp.repeat(block.keys.swapaxes(1, 2), heads // block.keys.shape[2], axis=1)
-    keys = jnp.concatenate([cache.keys, of_tokens], axis=2)
+    take = jax.vmap(jax.vmap(lambda rows, at: rows[at]))
     return Cache(
         Rows(document, best, jnp.take_along_axis(places, index, axis=-1)),
         jnp.take_along_axis(positions, index, axis=-1),
-        jax.vmap(jax.vmap(lambda rows, at: rows[at]))(keys, index),
+        *(take(candidates, index) for candidates in _candidates(cache, block)),
     )

@@ -11,11 +11,11 @@ from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Float, Int32
 
-Score = Literal["surprise", "residual", "write", "recency", "random", "attention"]
+Score = Literal["surprise", "residual", "write", "recency", "random", "attention", "recall"]
 Read = Literal["rmsnorm", "unit_l2"]
 Scan = Literal["auto", "associative", "sequential"]
 
-RESCORED = ("attention",)  # scores of a pair that change while it is held
+RESCORED = ("attention", "recall")  # scores of a pair that change while it is held
 EMPTY = -1  # position of a cache row that holds no token
 
 
@@ -28,7 +28,8 @@ class MemoryConfig:
     chunk        c, tokens of a delta-rule chunk: changes speed, not meaning; divides `block`
     score        what a token must be large in to stay: "surprise" beta|e|, "residual" |e|, "write" beta|v|,
                  "recency" its position, "random" a fixed hash of its position, head and `seed`. These are fixed when the
-                 token is written. "attention" is not: the softmax weights that reads gave it so far, added up (H2O)
+                 token is written. Two are not: "attention", the softmax weights that reads gave it so far, added up
+                 (H2O); "recall" |S' k^ - v|, how wrong S gives it back, measured anew after each block (LoLA)
     read         how the visible set is read: "rmsnorm" (sharp, decoupled) or "unit_l2" (unit vectors, learned temperature)
     scan         how chunks are joined: "sequential" carries the state, "associative" is a parallel prefix scan,
                  "auto" picks by a measured rule (see `delta_rule.choose_scan`)

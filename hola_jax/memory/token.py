@@ -16,6 +16,7 @@ from hola_jax.memory.delta_rule import delta_rule_token
 from hola_jax.memory.exact_cache import best_by_position, best_rows, token_scores
 from hola_jax.memory.norms import for_reading, unit_l2
 from hola_jax.memory.poison import cleaned, not_finite, spoil
+from hola_jax.memory.rescored import recall_error
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
 
@@ -122,7 +123,7 @@ def run_token(
     complete, position = real & (fill == block - 1), state.position + real
 
     def merged(rows: Rows) -> Rows:
-        return _merge(rows, complete, seen, position, config.rescored)
+        return _merge(rows, complete, seen, position, config, params, fast_weights)
 
     rows = lax.cond(jnp.any(complete), merged, lambda rows: rows, rows)
     state = dataclasses.replace(
@@ -154,7 +155,13 @@ def _forget(rows: Rows, which: Bool[Array, " B"]) -> Rows:
 
 
 def _merge(
-    rows: Rows, which: Bool[Array, " B"], seen: Bool[Array, "B C"], position: Int32[Array, " B"], rescored: bool
+    rows: Rows,
+    which: Bool[Array, " B"],
+    seen: Bool[Array, "B C"],
+    position: Int32[Array, " B"],
+    config: MemoryConfig,
+    params: CacheParams,
+    fast_weights: Float[Array, "B H K V"],
 ) -> Rows:
     """The running block of the named rows of the batch is complete: its visible tokens compete with the cache, and the block
     is empty."""
@@ -165,13 +172,16 @@ def _merge(
     positions = jnp.concatenate(
         [rows.cache_positions, jnp.broadcast_to(in_block, (in_block.shape[0], heads, block))], axis=-1
     )
-    if rescored:
+    keys = jnp.concatenate([rows.cache_keys, jnp.repeat(rows.block_keys, group, axis=1)], axis=2)
+    values = jnp.concatenate([rows.cache_values, rows.block_values], axis=2)
+    if config.score == "recall":
+        error = lax.stop_gradient(recall_error(fast_weights, keys, values, params, config))
+        scores = jnp.where(scores > -jnp.inf, error, -jnp.inf)
+    if config.rescored:
         best, index = best_by_position(scores, positions, window)
     else:
         best, index = best_rows(scores, lax.broadcasted_iota(jnp.int32, scores.shape, 2), window)
     filled = best > -jnp.inf
-    keys = jnp.concatenate([rows.cache_keys, jnp.repeat(rows.block_keys, group, axis=1)], axis=2)
-    values = jnp.concatenate([rows.cache_values, rows.block_values], axis=2)
     take = jax.vmap(jax.vmap(lambda x, i: x[i]))
     merged = Rows(
         cache_keys=jnp.where(filled[..., None], take(keys, index), 0),

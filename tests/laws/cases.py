@@ -15,7 +15,7 @@ from hola_jax.memory import CacheParams, MemoryConfig, MemoryState, hola_memory
 B, T, KEY_HEADS, H, K, V = 2, 37, 1, 2, 8, 6
 CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 # Scores that change while a pair is held, and run on a path of their own, in plain XLA.
-RESCORED = {score: MemoryConfig(window=4, block=8, chunk=4, score=score) for score in ("attention",)}
+RESCORED = {score: MemoryConfig(window=4, block=8, chunk=4, score=score) for score in ("attention", "recall")}
 PARAMS = CacheParams(
     query_scale=jnp.linspace(0.8, 1.3, K),
     key_scale=jnp.linspace(1.2, 0.7, K),

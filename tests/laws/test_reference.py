@@ -58,6 +58,9 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                         for s, weight in zip(seen, weights / (np.sum(weights) + np.exp(sink[h])), strict=True):
                             s[1] += weight
                     if position % config.block == 0:
+                        if config.score == "recall":
+                            for s in seen:
+                                s[1] = np.linalg.norm(s[4] @ state - s[3])
                         seen = sorted(seen, key=lambda s: (-s[1], s[0]))[: config.window]
     return out
 
