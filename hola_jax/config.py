@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Literal, get_args
@@ -23,6 +24,7 @@ Mixer = Literal["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "tran
 Remat = Literal["none", "full", "dots"]
 DType = Literal["bfloat16", "float32"]
 
+RETENTION_TAPS = 3  # of a convolution of the net that makes the score "learned"
 DELTA_MIXERS = ("hola", "gated_deltanet", "deltanet", "kda")  # those with a delta rule, a convolution and a norm over V
 
 
@@ -150,6 +152,11 @@ class ModelConfig:
         return jnp.dtype(self.dtype)
 
 
+def retention_channels(config: ModelConfig) -> list[int]:
+    """Of the net that makes the score "learned", for one head: [k; v], and what each convolution leaves of it."""
+    return [max(1, (config.key_width + config.value_width) >> n) for n in range(4)]
+
+
 def _mixer_parameters(config: ModelConfig) -> int:
     dim, heads, width, values = config.dim, config.heads, config.key_width, config.value_width
     keys, total = config.key_head_count * width, heads * values
@@ -170,6 +177,10 @@ def _mixer_parameters(config: ModelConfig) -> int:
         count += dim * heads + 2 * heads  # decay
     if config.mixer == "hola":
         count += 2 * heads + (2 * width if config.memory.read == "rmsnorm" else heads)
+        if config.memory.score == "learned":
+            channels = retention_channels(config)
+            inside = sum(RETENTION_TAPS * a * b for a, b in itertools.pairwise(channels))
+            count += heads * (inside + channels[-1] + 1)
     return count + gate
 
 

@@ -102,12 +102,16 @@ def token_scores(
     v: Float[Array, "... H V"],
     beta: Float[Array, "... H"],
     positions: Int[Array, "..."],
+    learned: Float[Array, "... H"] | None = None,
 ) -> Float[Array, "... H"]:
     """What each token competes with for a row of the cache. Recency counts in float32: beyond 2**24 tokens neighbours tie,
     and the earlier stays. `magnitude` is what the state path reports for the scores that need it."""
     heads = v.shape[-2]
     if config.rescored:  # made at the block's end
         return jnp.zeros(v.shape[:-1], jnp.float32)
+    if config.score == "learned":
+        assert learned is not None
+        return lax.stop_gradient(learned.astype(jnp.float32))
     if config.score == "write":
         return lax.stop_gradient(beta * jnp.linalg.norm(v.astype(jnp.float32), axis=-1))
     if config.score == "recency":

@@ -13,6 +13,7 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.memory.exact_cache import hashed_score
+from hola_jax.memory.learned import retained
 from hola_jax.memory.norms import of_state, rms_norm, unit_l2
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
@@ -39,6 +40,7 @@ class Token(NamedTuple):
     v: Array
     beta: Array
     log_decay: Array
+    learned: Array
     document: Array
 
 
@@ -52,6 +54,7 @@ def _score(config: MemoryConfig, token: Token, error: Array, position: Array, he
         "random": hashed_score(position, heads, config.seed)[head],
         "attention": jnp.float32(0),  # nobody has read it yet
         "recall": jnp.float32(0),  # until the block is complete
+        "learned": token.learned,
     }[config.score]
     return lax.stop_gradient(score)
 
@@ -123,7 +126,9 @@ def _token(
     memory = memory._replace(
         fast_weights=state,
         block_keys=memory.block_keys.at[fill].set(key),
-        block_values=memory.block_values.at[fill].set(token.v),
+        block_values=memory.block_values.at[fill].set(
+            retained(token.v, token.learned) if config.score == "learned" else token.v
+        ),
         block_scores=memory.block_scores.at[fill].set(_score(config, token, error, memory.position, head, heads)),
     )
     block_start = memory.position - fill
@@ -158,6 +163,7 @@ def hola_reference(
     config: MemoryConfig,
     documents: Int[Array, "B T"],
     state: MemoryState,
+    learned: Float[Array, "B T H"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], MemoryState]:
     """Outputs (0 at padding) and the state after the last token; `documents` is 0 at padding."""
     heads, group = v.shape[2], v.shape[2] // k.shape[2]
@@ -170,13 +176,14 @@ def hola_reference(
 
         return lax.scan(step, memory, tokens)
 
-    per_head = Token._make(1 if x.ndim > 2 else None for x in (q, k, v, beta, log_decay, documents))
+    per_head = Token._make(1 if x.ndim > 2 else None for x in (q, k, v, beta, log_decay, beta, documents))
     counters = ("position", "document", "document_start")
     memory_axes = Head._make(None if name in counters else 0 for name in Head._fields)
     after_axes = Head._make(0 for _ in Head._fields)
     fields = {name: getattr(state, name) for name in Head._fields}
     memory = Head(**{**fields, "block_keys": jnp.repeat(state.block_keys, group, axis=1)})
-    tokens = Token(jnp.repeat(q, group, axis=2), jnp.repeat(k, group, axis=2), v, beta, log_decay, documents)
+    learned = jnp.zeros_like(beta) if learned is None else learned
+    tokens = Token(jnp.repeat(q, group, axis=2), jnp.repeat(k, group, axis=2), v, beta, log_decay, learned, documents)
     after, out = jax.vmap(
         lambda memory, tokens: jax.vmap(one_head, (memory_axes, per_head, 0), (after_axes, 1))(
             memory, tokens, jnp.arange(heads)

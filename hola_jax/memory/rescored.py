@@ -48,7 +48,6 @@ class Block(NamedTuple):
     scores: Float[Array, "B C H"]  # those that the piece finds with the running block
     positions: Int32[Array, "B C"]
     places: Int32[Array, "B C"]
-    state: Float[Array, "B H K V"] | None  # S after the block, for "recall"
 
 
 class Ranked(NamedTuple):
@@ -110,19 +109,21 @@ def rank(
         positions,
         places,
     )
-    blocks = Block(*map(by_block, tokens), state=states)
+    blocks = Block(*map(by_block, tokens))
     own_places = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), state.cache_scores.shape)
     rows = Rows(state.document, state.cache_scores, own_places)
     found = Cache(rows, state.cache_positions, state.cache_keys, state.cache_values)
 
-    def step(cache: Cache, block: Block) -> tuple[Cache, tuple[Rows, Array, Array]]:
+    def step(cache: Cache, given: tuple[Block, Array | None]) -> tuple[Cache, tuple[Rows, Array, Array]]:
+        block, after = given
         if config.score == "attention":
             now = _with_attention(cache, block, params, piece.several)
             return _merge(cache, block, *now), (cache.rows, *now)
-        found = _of_state(cache, block, params, config)
-        return _merge(cache, block, *found), (cache.rows, cache.rows.scores, block.scores.swapaxes(1, 2))
+        assert after is not None
+        anew = _of_state(after, cache, block, params, config)
+        return _merge(cache, block, *anew), (cache.rows, cache.rows.scores, block.scores.swapaxes(1, 2))
 
-    last, (before, now, of_tokens) = lax.scan(step, found, blocks)
+    last, (before, now, of_tokens) = lax.scan(step, found, (blocks, states))
     return Ranked(
         Rows(*(jnp.concatenate([a, b[None]]) for a, b in zip(before, last.rows, strict=True))),
         jnp.concatenate([now, last.rows.scores[None]]),
@@ -159,11 +160,10 @@ def recall_error(
 
 
 def _of_state(
-    cache: Cache, block: Block, params: CacheParams, config: MemoryConfig
+    state: Float[Array, "B H K V"], cache: Cache, block: Block, params: CacheParams, config: MemoryConfig
 ) -> tuple[Float[Array, "B H W"], Float[Array, "B H C"]]:
     """How wrong the state after the block recalls the cache's rows and the block's tokens."""
-    assert block.state is not None
-    error = recall_error(block.state, *_candidates(cache, block), params, config)
+    error = recall_error(state, *_candidates(cache, block), params, config)
     of_cache, of_block = error[..., : cache.keys.shape[2]], error[..., cache.keys.shape[2] :]
     return jnp.where(cache.rows.scores > -jnp.inf, of_cache, -jnp.inf), of_block
 

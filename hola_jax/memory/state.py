@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Float, Int32
 
-Score = Literal["surprise", "residual", "write", "recency", "random", "attention", "recall"]
+Score = Literal["surprise", "residual", "write", "recency", "random", "attention", "recall", "learned"]
 Read = Literal["rmsnorm", "unit_l2"]
 Scan = Literal["auto", "associative", "sequential"]
 
@@ -29,7 +29,8 @@ class MemoryConfig:
     score        what a token must be large in to stay: "surprise" beta|e|, "residual" |e|, "write" beta|v|,
                  "recency" its position, "random" a fixed hash of its position, head and `seed`. These are fixed when the
                  token is written. Two are not: "attention", the softmax weights that reads gave it so far, added up
-                 (H2O); "recall" |S' k^ - v|, how wrong S gives it back, measured anew after each block (LoLA)
+                 (H2O); "recall" |S' k^ - v|, how wrong S gives it back, measured anew after each block (LoLA). And
+                 "learned" is what the layer gives, fixed when the token is written, with a gradient of its own (LTE)
     read         how the visible set is read: "rmsnorm" (sharp, decoupled) or "unit_l2" (unit vectors, learned temperature)
     scan         how chunks are joined: "sequential" carries the state, "associative" is a parallel prefix scan,
                  "auto" picks by a measured rule (see `delta_rule.choose_scan`)
@@ -72,6 +73,8 @@ class MemoryConfig:
     @property
     def only_xla(self) -> str:
         """Why no kernel runs this memory; empty where some may."""
+        if self.score == "learned":
+            return "score='learned' has a gradient of its own, which no kernel gives"
         return f"score={self.score!r} is made anew at each block's end, which no kernel does" if self.rescored else ""
 
     def meaning(self) -> MemoryConfig:
@@ -110,6 +113,7 @@ class MemoryState:
     document: Int32[Array, " B"]  # segment id of the last real token; 0 before any
     document_start: Int32[Array, " B"]  # position at which that document began
     config: MemoryConfig = dataclasses.field(metadata={"static": True})
+    scorer: Any = None  # what a layer remembers that makes the "learned" scores; the memory carries it and no more
 
     @property
     def nbytes(self) -> int:

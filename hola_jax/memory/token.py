@@ -14,6 +14,7 @@ from hola_jax.memory.align import Inputs
 from hola_jax.memory.cache_read import read_token
 from hola_jax.memory.delta_rule import delta_rule_token
 from hola_jax.memory.exact_cache import best_by_position, best_rows, token_scores
+from hola_jax.memory.learned import retained
 from hola_jax.memory.norms import for_reading, unit_l2
 from hola_jax.memory.poison import cleaned, not_finite, spoil
 from hola_jax.memory.rescored import recall_error
@@ -53,7 +54,12 @@ def clean_token(inputs: Inputs, document: Int32[Array, " B"]) -> Clean:
 
 
 def run_token(
-    inputs: Inputs, params: CacheParams, config: MemoryConfig, document: Int32[Array, " B"], state: MemoryState
+    inputs: Inputs,
+    params: CacheParams,
+    config: MemoryConfig,
+    document: Int32[Array, " B"],
+    state: MemoryState,
+    learned: Float[Array, "B H"] | None = None,
 ) -> tuple[Array, MemoryState]:
     """One token of every row: the decoding path. Rows may stand at different positions; padding changes nothing.
 
@@ -87,14 +93,16 @@ def run_token(
     spoilt = clean.writes | lost
     norm = jnp.linalg.norm(jnp.where(lost[..., None], 0.0, lax.stop_gradient(error)), axis=-1)
     magnitude = {"surprise": beta * norm, "residual": norm}.get(config.score)
-    score = token_scores(config, magnitude, v, beta, state.position)
+    score = token_scores(config, magnitude, v, beta, state.position, learned)
     query, key = for_reading(q, k, heads, params, config)
 
     fill = state.position % block
     row, slot = jnp.arange(batch), jnp.where(real, fill, block)  # a slot behind the block is dropped
     rows = rows._replace(
         block_keys=rows.block_keys.at[row, :, slot].set(key, mode="drop"),
-        block_values=rows.block_values.at[row, :, slot].set(v, mode="drop"),
+        block_values=rows.block_values.at[row, :, slot].set(
+            v if learned is None else retained(v, learned), mode="drop"
+        ),
         block_scores=rows.block_scores.at[row, :, slot].set(score, mode="drop"),
     )
     index = jnp.arange(block)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hola_jax.memory import MemoryConfig, hola_memory
-from tests.laws.cases import PARAMS, RESCORED, B, assert_close, assert_same_state, compiled, inputs
+from tests.laws.cases import OTHER, PARAMS, RESCORED, B, assert_close, assert_same_state, compiled, inputs, learned
 
 CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 TOKENS = 128
@@ -30,7 +30,13 @@ def along_sequence(config=CONFIG):
 
     def run(arrays, segment_ids, state, params):
         return hola_memory(
-            *arrays, params, config=config, segment_ids=segment_ids, state=state, sequence_axis="sequence"
+            *arrays,
+            params,
+            config=config,
+            segment_ids=segment_ids,
+            state=state,
+            sequence_axis="sequence",
+            learned=learned(config, arrays),
         )
 
     return jax.jit(
@@ -53,7 +59,8 @@ def layout(kind: str):
 
 
 @pytest.mark.parametrize(
-    ("kind", "score"), [("one document", "surprise"), ("documents", "surprise"), ("documents", "recency")]
+    ("kind", "score"),
+    [("one document", "surprise"), ("documents", "surprise"), ("documents", "recency"), ("documents", "learned")],
 )
 def test_a_sharded_sequence_is_the_whole_sequence(kind, score):
     config = MemoryConfig(window=4, block=8, chunk=4, score=score)
@@ -115,7 +122,7 @@ def test_what_is_communicated_does_not_grow_with_the_sequence():
     assert few == many > 0
 
 
-@pytest.mark.parametrize("config", [CONFIG, *RESCORED.values()], ids=lambda config: config.score)
+@pytest.mark.parametrize("config", [CONFIG, *OTHER.values()], ids=lambda config: config.score)
 def test_batch_and_heads_may_be_sharded_by_the_compiler(config):
     devices = mesh((4, "data"), (2, "tensor"))
     arrays = inputs(4, 37, batch=4, key_heads=2)

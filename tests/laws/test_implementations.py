@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hola_jax.memory import CacheParams, MemoryConfig
+from hola_jax.memory import CacheParams, MemoryConfig, hola_memory
 from tests.laws.cases import (
     CONFIG,
+    OTHER,
     PARAMS,
-    RESCORED,
     SEGMENTS,
     T,
     assert_close,
@@ -32,11 +32,11 @@ VARIANTS = {
     "recency": MemoryConfig(window=3, block=16, chunk=16, score="recency", state_scale=1.0),
     "random": MemoryConfig(window=4, block=8, chunk=2, score="random", seed=7),
     "no-cache": MemoryConfig(window=0, block=8, chunk=4),
-    **RESCORED,
+    **OTHER,
 }
 # The kernels take turns of their own, whatever the scan; and scores that are given, as in "write", are one way to them.
 CASES = [(variant, "xla") for variant in VARIANTS]
-CASES += [(variant, "interpret") for variant in VARIANTS if variant not in ("associative", "random", *RESCORED)]
+CASES += [(variant, "interpret") for variant in VARIANTS if variant not in ("associative", "random", *OTHER)]
 
 
 def compare(config, implementation, arrays, segments, atol=2e-5, grad_atol=1e-4):
@@ -120,8 +120,28 @@ def test_ties_are_won_by_the_earlier_token():
     assert config.window < T // config.block * config.block
 
 
-@pytest.mark.parametrize("config", RESCORED.values(), ids=RESCORED)
-def test_ties_are_won_by_the_earlier_token_though_scores_change(config):
+def test_a_learned_score_is_taught_by_what_reads_make_of_the_value():
+    """dL/dr = v . dL/dv, r = sigmoid(z) - 0.5. Nothing is written to S, so v is in the exact reads alone."""
+    q, k, v, beta, g = inputs(9)
+    z, draw = jnp.asarray(np.random.default_rng(9).normal(size=beta.shape), jnp.float32), np.random.default_rng(1)
+    weight = draw.normal(size=v.shape)
+
+    @jax.jit
+    def gradients(v, z):
+        def loss(v, z):
+            given = (q, k, v, jnp.zeros_like(beta), g, PARAMS)
+            return jnp.sum(weight * hola_memory(*given, config=OTHER["learned"], segment_ids=SEGMENTS, learned=z)[0])
+
+        return jax.grad(loss, argnums=(0, 1))(v, z)
+
+    d_v, d_z = gradients(v, z)
+    r = jax.nn.sigmoid(z)
+    assert_close(d_z, jnp.sum(v * d_v, axis=-1) * r * (1 - r))
+    assert np.abs(np.asarray(d_z)[SEGMENTS > 0]).min() > 0 and not np.any(np.asarray(d_z)[SEGMENTS == 0])
+
+
+@pytest.mark.parametrize("config", OTHER.values(), ids=OTHER)
+def test_ties_are_won_by_the_earlier_token_whatever_the_score(config):
     q, k, v, beta, g = inputs(8)
     arrays = [q, jnp.zeros_like(k), jnp.ones_like(v), beta, g]
     blind = PARAMS._replace(sink_logit=jnp.full(2, 1e4))  # all weights are nothing: exp underflows

@@ -10,8 +10,8 @@ from hola_jax.memory.delta_rule import delta_rule
 from hola_jax.memory.norms import rms_norm, unit_l2
 from tests.laws.cases import (
     CONFIG,
+    OTHER,
     PARAMS,
-    RESCORED,
     SEGMENTS,
     B,
     H,
@@ -23,9 +23,9 @@ from tests.laws.cases import (
     inputs,
 )
 
-# Plain XLA, and the kernels' programs; and what chooses by scores that change.
+# Plain XLA, and the kernels' programs; and what takes another path to its scores.
 IMPLEMENTATIONS = ["xla", "interpret"]
-WAYS = {name: (CONFIG, name) for name in IMPLEMENTATIONS} | {name: (c, "xla") for name, c in RESCORED.items()}
+WAYS = {name: (CONFIG, name) for name in IMPLEMENTATIONS} | {name: (c, "xla") for name, c in OTHER.items()}
 
 
 @pytest.mark.parametrize("way", WAYS)

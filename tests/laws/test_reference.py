@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hola_jax.memory import CacheParams, MemoryConfig
-from tests.laws.cases import KEY_HEADS, PARAMS, RESCORED, SEGMENTS, B, H, K, T, V, assert_close, compiled, inputs
+from tests.laws.cases import KEY_HEADS, OTHER, PARAMS, SEGMENTS, B, H, K, T, V, assert_close, compiled, inputs
 
 
 def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -> np.ndarray:
@@ -38,6 +38,7 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                     "residual": np.linalg.norm(e),
                     "write": beta[b, t, h] * np.linalg.norm(vt),
                     "recency": position,
+                    "learned": vt @ np.cos(np.arange(V)),
                 }.get(config.score, 0.0)
                 if config.read == "rmsnorm":
                     key, query = rms(kt, ks), rms(qt, qs) / np.sqrt(K)
@@ -68,7 +69,7 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
 @pytest.mark.parametrize(
     ("score", "read"),
     [("surprise", "rmsnorm"), ("residual", "unit_l2"), ("write", "rmsnorm"), ("recency", "unit_l2")]
-    + [(score, "rmsnorm") for score in RESCORED],
+    + [(score, "rmsnorm") for score in OTHER],
 )
 def test_reference_is_the_equations(score, read):
     config = MemoryConfig(window=4, block=8, chunk=4, score=score, read=read)

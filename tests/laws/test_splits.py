@@ -13,7 +13,7 @@ from hola_jax.memory import MemoryConfig, cached_positions, init_state
 from tests.laws.cases import (
     CONFIG,
     KEY_HEADS,
-    RESCORED,
+    OTHER,
     SEGMENTS,
     B,
     H,
@@ -67,7 +67,7 @@ def test_whole_is_split(cuts, segments, implementation):
         ("residual", "xla", SEGMENTS),
         ("write", "xla", SEGMENTS),
         ("random", "xla", SEGMENTS),
-        *((score, "xla", SEGMENTS) for score in RESCORED),
+        *((score, "xla", SEGMENTS) for score in OTHER),
     ],
 )
 def test_whole_is_token_by_token(score, implementation, segments):
@@ -79,8 +79,8 @@ def test_whole_is_token_by_token(score, implementation, segments):
     assert_same_state(after, state)
 
 
-@pytest.mark.parametrize("config", RESCORED.values(), ids=RESCORED)
-def test_whole_is_split_where_scores_change(config):
+@pytest.mark.parametrize("config", OTHER.values(), ids=OTHER)
+def test_whole_is_split_whatever_the_score(config):
     """Cut in the middle of a block, and at its end, where rows stand at different places in theirs."""
     arrays = inputs()
     whole, state = compiled(config)(arrays, SEGMENTS)
