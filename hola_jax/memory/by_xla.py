@@ -112,7 +112,7 @@ def read_rows(
         by_block(piece.values),
         params.sink_logit.reshape(key_heads, heads // key_heads),
     )
-    out = read_visible(by_block(piece.queries), visible, masks)
+    out = read_visible(by_block(piece.queries), visible, masks, config.read_energy)
     return out.swapaxes(0, 1).reshape(batch, length, heads, out.shape[-1])
 
 

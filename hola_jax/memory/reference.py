@@ -139,7 +139,13 @@ def _token(
     values = jnp.concatenate([memory.cache_values, memory.block_values]).astype(jnp.float32)
     logits = jnp.append(keys @ query, params.sink_logit[head])
     weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))  # Eq. 7
-    o_cache = weights[:-1] @ values
+    read = weights
+    if config.read_energy is not None:  # the fewest that hold this share of the read
+        order = -jnp.sort(-weights)
+        least = jnp.min(jnp.where(jnp.cumsum(order) - order < config.read_energy, order, jnp.inf))
+        read = jnp.where(weights >= lax.stop_gradient(least), weights, 0.0)
+        read = read / jnp.sum(read)
+    o_cache = read[:-1] @ values
     out = o_state + jax.nn.sigmoid(params.gate_logit[head]) * o_cache
     if config.score == "attention":  # H2O: a_j <- a_j + w_tj, the null sink in the softmax's sum
         given = lax.stop_gradient(weights)

@@ -36,6 +36,8 @@ class MemoryConfig:
                  "auto" picks by a measured rule (see `delta_rule.choose_scan`)
     state_scale  factor on the state's output; None is K ** -0.5
     seed         of the "random" score
+    read_energy  share of its softmax weights that a read keeps, in (0, 1]: the fewest of the visible entries, the null sink
+                 among them, whose weights reach it, renormalised (equals of the smallest kept stay too). None keeps all
     """
 
     window: int = 64
@@ -46,6 +48,7 @@ class MemoryConfig:
     scan: Scan = "auto"
     state_scale: float | None = None
     seed: int = 0
+    read_energy: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("window", 0), ("block", 1), ("chunk", 1)):
@@ -61,6 +64,10 @@ class MemoryConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MemoryConfig.{name} is {getattr(self, name)!r}; it must be one of {list(allowed)}")
 
+        energy = self.read_energy
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"MemoryConfig.read_energy is {energy!r}; it must be None or a share in (0, 1]")
+
     def scale(self, key_dim: int) -> float:
         """The factor on the state's output."""
         return key_dim**-0.5 if self.state_scale is None else self.state_scale
@@ -73,6 +80,8 @@ class MemoryConfig:
     @property
     def only_xla(self) -> str:
         """Why no kernel runs this memory; empty where some may."""
+        if self.read_energy is not None:
+            return f"read_energy={self.read_energy} drops entries of each read, which no kernel does"
         if self.score == "learned":
             return "score='learned' has a gradient of its own, which no kernel gives"
         return f"score={self.score!r} is made anew at each block's end, which no kernel does" if self.rescored else ""

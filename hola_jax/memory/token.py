@@ -118,6 +118,7 @@ def run_token(
         [apart(rows.cache_values), apart(rows.block_values)],
         [apart(filled), jnp.broadcast_to(seen[:, None, None], (batch, key_heads, group, block))],
         params.sink_logit.reshape(key_heads, group),
+        config.read_energy,
     )
     o_cache, given = (x.reshape(batch, heads, -1) for x in (o_cache, lax.stop_gradient(given)))
     if config.score == "attention":

@@ -32,11 +32,12 @@ VARIANTS = {
     "recency": MemoryConfig(window=3, block=16, chunk=16, score="recency", state_scale=1.0),
     "random": MemoryConfig(window=4, block=8, chunk=2, score="random", seed=7),
     "no-cache": MemoryConfig(window=0, block=8, chunk=4),
+    "energy": MemoryConfig(window=4, block=8, chunk=4, read_energy=0.7),
     **OTHER,
 }
 # The kernels take turns of their own, whatever the scan; and scores that are given, as in "write", are one way to them.
 CASES = [(variant, "xla") for variant in VARIANTS]
-CASES += [(variant, "interpret") for variant in VARIANTS if variant not in ("associative", "random", *OTHER)]
+CASES += [(variant, "interpret") for variant in VARIANTS if variant not in ("associative", "random", "energy", *OTHER)]
 
 
 def compare(config, implementation, arrays, segments, atol=2e-5, grad_atol=1e-4):
