@@ -125,13 +125,13 @@ def test_a_learned_score_is_taught_by_what_reads_make_of_the_value():
     """dL/dr = v . dL/dv, r = sigmoid(z) - 0.5. Nothing is written to S, so v is in the exact reads alone."""
     q, k, v, beta, g = inputs(9)
     z, draw = jnp.asarray(np.random.default_rng(9).normal(size=beta.shape), jnp.float32), np.random.default_rng(1)
-    weight = draw.normal(size=v.shape)
+    weight, segments = draw.normal(size=v.shape), jnp.asarray(SEGMENTS)
 
     @jax.jit
     def gradients(v, z):
         def loss(v, z):
             given = (q, k, v, jnp.zeros_like(beta), g, PARAMS)
-            return jnp.sum(weight * hola_memory(*given, config=OTHER["learned"], segment_ids=SEGMENTS, learned=z)[0])
+            return jnp.sum(weight * hola_memory(*given, config=OTHER["learned"], segment_ids=segments, learned=z)[0])
 
         return jax.grad(loss, argnums=(0, 1))(v, z)
 
