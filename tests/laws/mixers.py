@@ -8,11 +8,7 @@ TOKENS = 13  # a multiple of neither the block nor the chunk
 # The programs of a TPU's kernels, by the interpreter, where a mixer has some: with how many tokens, so that there are two
 # blocks and two chunks. The delta rule's chunk is 64; of HOLA's kernel it is here the block of 8.
 BY_KERNELS = {"hola by kernels": TOKENS, "gated_deltanet by kernels": 67}
-BY_SCORE = {
-    "hola by attention": "attention",
-    "hola by recall": "recall",
-    "hola by learned": "learned",
-}  # those whose path is not that of "surprise"
+BY_SCORE = {"hola by recall": "recall", "hola by learned": "learned"}  # whose path is not that of "surprise"
 
 
 def small(mixer: str, **fields: object) -> ModelConfig:
