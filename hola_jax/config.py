@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Literal, get_args
@@ -26,6 +27,7 @@ Residual = Literal["plain", "attention", "block_attention"]
 Norm = Literal["pre", "sandwich", "dynamic_tanh"]
 QKNorm = Literal["none", "heads", "input"]
 
+RETENTION_TAPS = 3  # of a convolution of the net that makes the score "learned"
 DELTA_MIXERS = ("hola", "gated_deltanet", "deltanet", "kda")  # those with a delta rule, a convolution and a norm over V
 
 
@@ -204,6 +206,11 @@ def residual_sources(config: ModelConfig) -> list[int]:
     return [*within, 1 + 2 * config.layers // block]
 
 
+def retention_channels(config: ModelConfig) -> list[int]:
+    """Of the net that makes the score "learned", for one head: [k; v], and what each convolution leaves of it."""
+    return [max(1, (config.key_width + config.value_width) >> n) for n in range(4)]
+
+
 def _mixer_parameters(config: ModelConfig) -> int:
     dim, heads, width, values = config.dim, config.heads, config.key_width, config.value_width
     keys, total = config.key_head_count * width, heads * values
@@ -224,6 +231,10 @@ def _mixer_parameters(config: ModelConfig) -> int:
         count += dim * heads + 2 * heads  # decay
     if config.mixer == "hola":
         count += 2 * heads + (2 * width if config.memory.read == "rmsnorm" else heads)
+        if config.memory.score == "learned":
+            channels = retention_channels(config)
+            inside = sum(RETENTION_TAPS * a * b for a, b in itertools.pairwise(channels))
+            count += heads * (inside + channels[-1] + 1)
     return count + gate
 
 
@@ -284,5 +295,8 @@ def memory_work(config: ModelConfig) -> Work | None:
     if config.mixer == "transformer":
         return None
     sizes = (config.heads, config.key_head_count, config.key_width, config.value_width, (config.dtype,) * 3)
-    cache = (config.memory.window, config.memory.block) if config.mixer == "hola" else (None, None)
-    return Work(*sizes, config.mixer in DELTA_MIXERS, config.mixer == "kda", *cache)
+    work = Work(*sizes, config.mixer in DELTA_MIXERS, config.mixer == "kda")
+    if config.mixer != "hola":
+        return work
+    memory = config.memory
+    return work._replace(window=memory.window, block=memory.block, only_xla=memory.only_xla, rescored=memory.rescored)

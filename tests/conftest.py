@@ -36,7 +36,7 @@ CHECKED = [
     "piece",
     "poison",
 ]
-CHECKED += ["reference", "reference_linear", "scan", "token", "triangular"]
+CHECKED += ["learned", "reference", "reference_linear", "rescored", "scan", "token", "triangular"]
 _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "beartype.beartype")
 
 

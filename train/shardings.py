@@ -29,7 +29,8 @@ Specs = Any  # a tree like the parameters, of PartitionSpec
 @dataclasses.dataclass(frozen=True)
 class ShardingTable:
     """A name ends in the tensor's shape: N layers, D width, E vocabulary, F inside of the MLP, X channels of all heads,
-    H heads, K channels of one head, R rank, W taps of a convolution, B rows, T tokens."""
+    H heads, K channels of one head, R rank, W taps of a convolution, B rows, T tokens, C and G channels of one head before
+    and after it."""
 
     embedding_ed: P = P("tensor", "fsdp")
     unembedding_de: P = P("fsdp", "tensor")
@@ -41,6 +42,8 @@ class ShardingTable:
     from_rank_nrx: P = P(None, "fsdp", "tensor")
     bias_nx: P = P(None, "tensor")
     convolution_nwx: P = P(None, None, "tensor")
+    convolution_nwhcg: P = P(None, None, "tensor", "fsdp", None)
+    of_head_nhc: P = P(None, "tensor", None)
     of_head_nh: P = P(None, "tensor")
     of_channel_nk: P = P(None, None)
     into_mlp_ndf: P = P(None, "fsdp", "tensor")
@@ -86,6 +89,9 @@ CLASSES = {
     "blocks.mixer.cache.sink_logit": "of_head_nh",
     "blocks.mixer.cache.gate_logit": "of_head_nh",
     "blocks.mixer.cache.temperature": "of_head_nh",
+    "blocks.mixer.retention.conv*.kernel": "convolution_nwhcg",
+    "blocks.mixer.retention.weight": "of_head_nhc",
+    "blocks.mixer.retention.bias": "of_head_nh",
 }
 
 

@@ -1,7 +1,8 @@
 """What a memory does: which tokens it keeps, where it looks, and a page that shows both; what passes from layer to layer."""
 
 from hola_jax.diagnostics.depth import DepthReport, depth_report, depth_signs
+from hola_jax.diagnostics.energy import entries_kept
 from hola_jax.diagnostics.insight import Insight, insight
 from hola_jax.diagnostics.vitals import vital_signs
 
-__all__ = ["DepthReport", "Insight", "depth_report", "depth_signs", "insight", "vital_signs"]
+__all__ = ["DepthReport", "Insight", "depth_report", "depth_signs", "entries_kept", "insight", "vital_signs"]

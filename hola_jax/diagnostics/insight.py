@@ -25,7 +25,7 @@ from hola_jax.memory.by_xla import read_blocks, state_path
 from hola_jax.memory.delta_rule import choose_scan
 from hola_jax.memory.exact_cache import Rows, cache_of_blocks, token_scores
 from hola_jax.memory.norms import for_reading
-from hola_jax.memory.state import EMPTY
+from hola_jax.memory.state import EMPTY, RESCORED
 from hola_jax.model import Block, LanguageModel, Params
 
 
@@ -61,6 +61,11 @@ def insight(model: LanguageModel, tokens: Int[Array | np.ndarray, " T"]) -> Insi
     """What a model whose mixer is HOLA keeps and reads of one text; the weights take N H T^2 numbers."""
     if model.config.mixer != "hola":
         raise ValueError(f"the model's mixer is {model.config.mixer!r}; only 'hola' has an exact cache to look into")
+    if model.config.memory.score in (*RESCORED, "learned"):
+        raise ValueError(
+            f"the model's score is {model.config.memory.score!r}; what competes can be shown where the memory scores a "
+            "token when it is written: surprise, residual, write, recency, random"
+        )
     if tokens.ndim != 1 or not len(tokens):
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be [T], one text of at least one token")
     structure, params = nnx.split(model)

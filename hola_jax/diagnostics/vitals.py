@@ -87,5 +87,7 @@ def _visible_mass(mixer: HOLA, x: Float[Array, "B 1 D"], state: Any) -> Float[Ar
     ones = jnp.ones((*x.shape[:2], heads, mixer.config.value_width), jnp.float32)
     params = mixer.cache.params()
     params = params._replace(gate_logit=jnp.full_like(params.gate_logit, jnp.inf))
-    out, _ = hola_memory(q, k, ones, nothing, nothing, params, config=mixer.config.memory, state=memory)
+    config = mixer.config.memory
+    learned = nothing if config.score == "learned" else None
+    out, _ = hola_memory(q, k, ones, nothing, nothing, params, config=config, state=memory, learned=learned)
     return out[:, 0, :, 0]

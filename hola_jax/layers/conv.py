@@ -65,6 +65,7 @@ class ShortConvolution(nnx.Module):
     def __init__(self, channels: int, width: int, key: Array, *, check: bool = False) -> None:
         bound = width**-0.5  # by fan-in: a deviation of 0.02 would shrink q, k and v below the norms' epsilon
         self.kernel = nnx.Param(jax.random.uniform(key, (width, channels), jnp.float32, -bound, bound))
+        self.reach = width - 1  # earlier tokens that count
         self.check = check
 
     def __call__(
@@ -80,14 +81,14 @@ class ShortConvolution(nnx.Module):
         if self.check and segment_ids is not None:
             _check_padding(segment_ids)
         if state is None:
-            state = init_state(batch, channels, self.kernel.shape[0], x.dtype)
+            state = init_state(batch, channels, self.reach + 1, x.dtype)
         if segment_ids is None:
             documents = jnp.broadcast_to(jnp.maximum(state.document, 1)[:, None], (batch, length))
         else:
             documents = segment_ids.astype(jnp.int32)
         final = None
         if sequence_axis is not None:
-            element = self._lay_down(x, documents, init_state(batch, channels, self.kernel.shape[0], x.dtype))[2]
+            element = self._lay_down(x, documents, init_state(batch, channels, self.reach + 1, x.dtype))[2]
             state, final = axis_scan(_append, element, state, sequence_axis)
         inputs, owners, after = self._lay_down(x, documents, state)
         return self._convolve(inputs, owners if several else None, x), (after if final is None else final)
@@ -118,3 +119,31 @@ class ShortConvolution(nnx.Module):
                 tap = jnp.where(same[..., None], tap, 0.0)
             total = total + kernel[step] * tap
         return jax.nn.silu(total).astype(x.dtype)
+
+
+class HeadsConvolution(ShortConvolution):
+    """SiLU of a convolution over some tokens of the document, each `dilation` before the next, that mixes the channels of
+    a head: E of them, of which F come out."""
+
+    def __init__(
+        self, heads: int, inputs: int, outputs: int, width: int, dilation: int, key: Array, *, check: bool = False
+    ) -> None:
+        deviation = (2 / (width * inputs)) ** 0.5
+        self.kernel = nnx.Param(deviation * jax.random.normal(key, (width, heads, inputs, outputs), jnp.float32))
+        self.reach = (width - 1) * dilation
+        self.dilation = dilation
+        self.check = check
+
+    def _convolve(self, inputs: Array, owners: Array | None, x: Array) -> Float[Array, "B T HF"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        (batch, length), (width, heads) = x.shape[:2], kernel.shape[:2]
+        total = jnp.zeros((), jnp.float32)
+        for step in range(width):
+            at = step * self.dilation
+            tap = lax.slice_in_dim(inputs, at, at + length, axis=1) if step < width - 1 else x
+            if owners is not None and step < width - 1:
+                same = lax.slice_in_dim(owners, at, at + length, axis=1) == owners[:, self.reach :]
+                tap = jnp.where(same[..., None], tap, 0)
+            tap = tap.reshape(batch, length, heads, -1)
+            total = total + jnp.einsum("bthe,hef->bthf", tap, kernel[step], preferred_element_type=jnp.float32)
+        return jax.nn.silu(total).astype(x.dtype).reshape(batch, length, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from flax import nnx
 from hola_jax.array_types import Array, Float
 from hola_jax.config import ModelConfig
 from hola_jax.layers.gated_delta_net import GatedDeltaNet
+from hola_jax.layers.init import named_key
+from hola_jax.layers.retention import Retention
 from hola_jax.memory import CacheParams, MemoryState, hola_memory, init_state
 
 
@@ -46,13 +49,24 @@ class HOLA(GatedDeltaNet):
     def __init__(self, config: ModelConfig, key: Array) -> None:
         super().__init__(config, key)
         self.cache = ExactCache(config)
+        learned = config.memory.score == "learned"
+        self.retention = Retention(config, named_key(key, "retention")) if learned else None
 
     def remember(
         self, q: Array, k: Array, v: Array, beta: Array, log_decay: Array, **context: Any
     ) -> tuple[Float[Array, "B T H V"], MemoryState]:
-        return hola_memory(q, k, v, beta, log_decay, self.cache.params(), config=self.config.memory, **context)
+        given = (q, k, v, beta, log_decay, self.cache.params())
+        if self.retention is None:
+            return hola_memory(*given, config=self.config.memory, **context)
+        state, of_tokens = context["state"], (context["segment_ids"], context["sequence_axis"])
+        before = None if state is None else state.scorer
+        scores, after = self.retention(k, v, of_tokens[0], before, of_tokens[1])
+        out, memory = hola_memory(*given, config=self.config.memory, learned=scores, **context)
+        return out, dataclasses.replace(memory, scorer=after)
 
     @staticmethod
     def init_memory(config: ModelConfig, batch: int) -> MemoryState:
         sizes = (config.heads, config.key_width, config.value_width, config.compute_dtype)
-        return init_state(config.memory, batch, *sizes, key_heads=config.key_head_count)
+        state = init_state(config.memory, batch, *sizes, key_heads=config.key_head_count)
+        learned = config.memory.score == "learned"
+        return dataclasses.replace(state, scorer=Retention.init_state(config, batch)) if learned else state

@@ -35,6 +35,7 @@ class Piece(NamedTuple):
     own: Int32[Array, "B L"]  # document of this piece's tokens, 0 elsewhere
     documents: Int32[Array, "B L"]  # ... and of the running block's tokens that are still visible
     several: bool  # whether places may differ in document
+    learned: Float[Array, "B L H"] | None = None  # scores that the layer gave
 
 
 class Alignment(NamedTuple):

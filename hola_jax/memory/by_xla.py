@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from hola_jax.array_types import Array, Float, Int32
+from hola_jax.array_types import Array, Bool, Float, Int32
 from hola_jax.memory.align import Piece, gather_rows
 from hola_jax.memory.cache_read import Masks, Visible, read_visible
 from hola_jax.memory.delta_rule import DeltaRuleResult, choose_scan, delta_rule
@@ -33,6 +33,7 @@ def state_path(
         initial=initial,
         initial_document=document,
         magnitude=magnitude_kind(config),
+        every=config.block if config.score == "recall" else None,
         sequence_axis=axis,
     )
 
@@ -67,11 +68,28 @@ def read_blocks(
     places_before = jnp.broadcast_to(jnp.arange(config.window, dtype=jnp.int32), state.cache_scores.shape)
     initial = Rows(state.document, state.cache_scores, places_before)
     rows = cache_of_blocks(scores, piece.documents, initial, config.block, choose_scan(config.scan))
-    out = _read_rows(piece, rows, params, config, state, fresh)
-    return out, _kept(piece, rows, positions, whole, config, state, fresh)
+    out = read_rows(piece, rows, params, config, state, fresh)
+    return out, kept_rows(piece, rows, positions, whole, config, state, fresh)
 
 
-def _read_rows(
+def read_masks(
+    filled: Bool[Array, "*n B H W"],
+    found: Int32[Array, "*n B"],
+    documents: Int32[Array, "*n B C"] | None,
+    key_heads: int,
+) -> Masks:
+    """Which rows of a block's visible set each of its tokens may see: rows of the cache that hold a token of document
+    `found`, and tokens of the block. `documents` is None where there is but one."""
+    held = heads_apart(filled[..., None], key_heads)
+    if documents is None:
+        return Masks(held, None, None)
+    own = documents[..., None, None, :]
+    same = (own[..., :, None] == own[..., None, :]) & (own > 0)[..., None]
+    of_cache = (own == found[..., None, None, None])[..., None, :]
+    return Masks(held, of_cache, same)
+
+
+def read_rows(
     piece: Piece, rows: Rows, params: CacheParams, config: MemoryConfig, state: MemoryState, fresh: bool
 ) -> Float[Array, "B L H V"]:
     """The cache read of every place, float32; `rows` are what each block finds."""
@@ -85,12 +103,8 @@ def _read_rows(
         """[B, L, H, X] -> [n, B, C, h, H / h, X]."""
         return x.reshape(batch, blocks, block, key_heads, x.shape[2] // key_heads, x.shape[3]).swapaxes(0, 1)
 
-    masks = Masks(heads_apart(filled[..., None], key_heads), None, None)
-    if piece.several:
-        documents = piece.documents.reshape(batch, blocks, block).transpose(1, 0, 2)[:, :, None, None]
-        same = (documents[..., :, None] == documents[..., None, :]) & (documents > 0)[..., None]
-        of_cache = (documents == rows.document[:-1, :, None, None, None])[..., None, :]
-        masks = masks._replace(cache=of_cache, block=same)
+    documents = piece.documents.reshape(batch, blocks, block).swapaxes(0, 1) if piece.several else None
+    masks = read_masks(filled, rows.document[:-1], documents, key_heads)
     visible = Visible(
         heads_apart(cache_keys, key_heads),
         heads_apart(cache_values, key_heads),
@@ -98,11 +112,11 @@ def _read_rows(
         by_block(piece.values),
         params.sink_logit.reshape(key_heads, heads // key_heads),
     )
-    out = read_visible(by_block(piece.queries), visible, masks)
+    out = read_visible(by_block(piece.queries), visible, masks, config.read_energy)
     return out.swapaxes(0, 1).reshape(batch, length, heads, out.shape[-1])
 
 
-def _kept(
+def kept_rows(
     piece: Piece,
     rows: Rows,
     positions: Int32[Array, "B L"],

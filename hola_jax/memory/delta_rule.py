@@ -34,6 +34,7 @@ class DeltaRuleResult(NamedTuple):
         Float[Array, "B T H"] | None
     )  # beta_t |e_t| or |e_t|, whichever was asked for; no gradient flows through it
     final: Float[Array, "B H K V"]
+    states: Float[Array, "n B H K V"] | None = None  # after each `every` tokens, where asked for; without gradient
 
 
 class Tokens(NamedTuple):
@@ -176,8 +177,8 @@ def combine(left: Affine, right: Affine) -> Affine:
     return Affine(jnp.matmul(right.linear, left.linear, precision=HIGHEST), act(right, left.offset))
 
 
-def join_affine(factors: Factors, initial: Array) -> tuple[Array, Array, Array]:
-    """What `carry_state` gives, by a parallel prefix scan over affine maps."""
+def join_affine(factors: Factors, initial: Array) -> tuple[Array, Array, Array, Array]:
+    """What `carry_state` gives, by a parallel prefix scan over affine maps; and the states after each chunk."""
     length = factors.attend.shape[-1]
     inverse = unit_lower_inverse(factors.lower)
     queries, writers = factors.readers[..., :length, :], factors.readers[..., length:, :]
@@ -190,7 +191,7 @@ def join_affine(factors: Factors, initial: Array) -> tuple[Array, Array, Array]:
     before, final = prefix_scan(act, combine, elements, initial, "associative")
     writes = values - jnp.matmul(writers, before, precision=HIGHEST)
     out = jnp.matmul(queries, before, precision=HIGHEST) + jnp.matmul(factors.attend, writes, precision=HIGHEST)
-    return out, writes, final
+    return out, writes, final, lax.stop_gradient(jnp.concatenate([before[1:], final[None]]))
 
 
 # Kept for the backward pass of a group of chunks; a chunk's other matrices are cheaper to make again than to store.
@@ -198,24 +199,25 @@ _KEPT = jax.checkpoint_policies.save_only_these_names("chunk_inverse", "chunk_wr
 
 
 def _carry_groups(
-    tokens: Tokens, masks: DocumentMasks | None, scale: float, initial: Array
-) -> tuple[Array, Array, Array]:
-    """`carry_state` with a few chunks' matrices alive at a time: what is in flight fits a cache and does not grow with T."""
+    tokens: Tokens, masks: DocumentMasks | None, scale: float, initial: Array, every: int | None = None
+) -> tuple[Array, Array, Array, Array | None]:
+    """`carry_state` with a few chunks' matrices alive at a time: what is in flight fits a cache and does not grow with T.
+    And the states after each `every` chunks."""
     chunks = tokens.q.shape[0]
-    group = max(m for m in range(1, GROUP + 1) if chunks % m == 0)
+    group = max(m for m in range(1, GROUP + 1) if (every or chunks) % m == 0)
 
-    def step(state: Array, run: tuple[Tokens, DocumentMasks | None]) -> tuple[Array, tuple[Array, Array]]:
+    def step(state: Array, run: tuple[Tokens, DocumentMasks | None]) -> tuple[Array, tuple[Array, Array, Array | None]]:
         out, writes, final = carry_state(factorise(*run, scale), state)
-        return final, (out, writes)
+        return final, (out, writes, None if every is None else lax.stop_gradient(final))
 
     step = jax.checkpoint(step, policy=_KEPT, prevent_cse=False)
     if group == chunks:
-        final, (out, writes) = step(initial, (tokens, masks))
-        return out, writes, final
+        final, (out, writes, after) = step(initial, (tokens, masks))
+        return out, writes, final, None if after is None else after[None]
     grouped = jax.tree.map(lambda x: x.reshape(chunks // group, group, *x.shape[1:]), (tokens, masks))
-    final, results = lax.scan(step, initial, grouped)
+    final, (*results, after) = lax.scan(step, initial, grouped)
     out, writes = (x.reshape(chunks, *x.shape[2:]) for x in results)
-    return out, writes, final
+    return out, writes, final, None if after is None or every is None else after[every // group - 1 :: every // group]
 
 
 def _states_around_device(
@@ -245,13 +247,15 @@ def delta_rule(
     initial: Float[Array, "B H K V"] | None = None,
     initial_document: Int[Array, " B"] | None = None,
     magnitude: Magnitude | None = None,
+    every: int | None = None,
     sequence_axis: str | None = None,
 ) -> DeltaRuleResult:
     """Outputs, write magnitudes and the final state of any number of tokens; keys and queries come normalised.
 
     `documents` gives each token's id, 0 for padding, not decreasing along a row; the state starts anew with each. A state
     given as `initial` belongs to `initial_document`. With `sequence_axis` (inside shard_map) the tokens are this device's
-    part of a longer sequence, and `final` is the state after the last device's.
+    part of a longer sequence, and `final` is the state after the last device's. `every` asks for the states after that many
+    tokens each: a multiple of the chunk that divides T.
     """
     batch, length, heads, value_dim = v.shape
     key_heads, key_dim = k.shape[2:]
@@ -277,16 +281,19 @@ def delta_rule(
     if sequence_axis is not None:
         state, last = _states_around_device(tokens, masks, state, sequence_axis)
     if choose_scan(scan) == "associative":
-        out, writes, final = join_affine(factorise(tokens, masks, scale), state)
+        out, writes, final, after = join_affine(factorise(tokens, masks, scale), state)
+        states = None if every is None else after[every // chunk - 1 :: every // chunk]
     else:
-        out, writes, final = _carry_groups(tokens, masks, scale, state)
+        chunks_between = None if every is None else every // chunk
+        out, writes, final, states = _carry_groups(tokens, masks, scale, state, chunks_between)
     norms = None
     if magnitude is not None:
         squares = jnp.sum(jnp.square(lax.stop_gradient(writes)), axis=-1, keepdims=True)
         norms = from_chunks(jnp.sqrt(squares), length)[..., 0]
         norms = norms if magnitude == "surprise" else norms / lax.stop_gradient(jnp.where(beta > 0, beta, 1.0))
     final = final if sequence_axis is None else last
-    return DeltaRuleResult(from_chunks(out, length), norms, final.reshape(batch, heads, key_dim, value_dim))
+    states = None if states is None else states.reshape(-1, batch, heads, key_dim, value_dim)
+    return DeltaRuleResult(from_chunks(out, length), norms, final.reshape(batch, heads, key_dim, value_dim), states)
 
 
 def delta_rule_token(

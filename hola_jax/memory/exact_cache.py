@@ -37,6 +37,16 @@ def best_rows(scores: Float[Array, "*n B H X"], places: Int32[Array, "*n B H X"]
     return best, jnp.take_along_axis(places, index, axis=-1)
 
 
+def best_by_position(
+    scores: Float[Array, "B H X"], positions: Int32[Array, "B H X"], window: int
+) -> tuple[Float[Array, "B H W"], Int32[Array, "B H W"]]:
+    """The `window` largest scores and where they stand, for rows that do not come in the order of earlier scores: among
+    equals the earlier token."""
+    index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    best, _, index = lax.sort((-scores, positions, index), num_keys=2)
+    return -best[..., :window], index[..., :window]
+
+
 def merge(left: Rows, right: Rows) -> Rows:
     """The best rows of two neighbouring runs; a document that ended competes no more."""
     document = jnp.maximum(left.document, right.document)
@@ -92,10 +102,16 @@ def token_scores(
     v: Float[Array, "... H V"],
     beta: Float[Array, "... H"],
     positions: Int[Array, "..."],
+    learned: Float[Array, "... H"] | None = None,
 ) -> Float[Array, "... H"]:
     """What each token competes with for a row of the cache. Recency counts in float32: beyond 2**24 tokens neighbours tie,
     and the earlier stays. `magnitude` is what the state path reports for the scores that need it."""
     heads = v.shape[-2]
+    if config.rescored:  # made at the block's end
+        return jnp.zeros(v.shape[:-1], jnp.float32)
+    if config.score == "learned":
+        assert learned is not None
+        return lax.stop_gradient(learned.astype(jnp.float32))
     if config.score == "write":
         return lax.stop_gradient(beta * jnp.linalg.norm(v.astype(jnp.float32), axis=-1))
     if config.score == "recency":

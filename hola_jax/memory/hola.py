@@ -7,7 +7,6 @@ tokens at once (on one device or along a mesh axis), `token` for decoding.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 
@@ -31,6 +30,7 @@ def hola_memory(
     config: MemoryConfig,
     segment_ids: Array | None = None,
     state: MemoryState | None = None,
+    learned: Array | None = None,
     implementation: kernels.Implementation | None = None,
     check: bool = False,
     sequence_axis: str | None = None,
@@ -44,6 +44,7 @@ def hola_memory(
                     see each other and padding is as if it were not there. None: all tokens belong to one document, that of
                     `state` where it has one.
     state           continues an earlier piece; None starts empty. One token with a state takes the decoding path.
+    learned         [B, T, H]: the tokens' scores, where the score is "learned"; `learned.retained` tells of their gradient.
     implementation  "reference", "xla", "pallas" (the platform's kernels), "pallas_tpu" (those of a TPU, which need not be
                     there to compile for it) or "interpret" (their programs without a TPU, slowly). None takes kernels where
                     platform and shape allow, and logs why not where they do not; a choice that cannot run raises
@@ -54,8 +55,8 @@ def hola_memory(
                     whole sequence may be padding. The state that comes back is that of the whole sequence.
     """
     inputs = Inputs(q, k, v, beta, log_decay)
-    validate.inputs(inputs, cache_params, config, segment_ids, state, sequence_axis)
-    cache = {"window": config.window, "block": config.block}
+    validate.inputs(inputs, cache_params, config, segment_ids, state, sequence_axis, learned)
+    cache = {"window": config.window, "block": config.block, "only_xla": config.only_xla, "rescored": config.rescored}
     batch, length = v.shape[:2]
     fresh = state is None
     work = kernels.work_of(q, k, v, channels=log_decay.ndim == 4, continued=not fresh, **cache)
@@ -71,10 +72,14 @@ def hola_memory(
         documents = segment_ids.astype(jnp.int32)
 
     state = dataclasses.replace(state, config=config.meaning())
+    if learned is not None:  # a score that is not finite comes from a value or a key that spoils its document anyway
+        learned = jnp.where(jnp.isfinite(learned), learned, 0.0)
     if length == 1 and not fresh and sequence_axis is None and chosen.name != "reference":
         by_kernel = kernels.token_kernels(chosen.name, work)
-        one_token = run_token if by_kernel is None else functools.partial(by_kernels.one_token, by_kernel)
-        return one_token(inputs, cache_params, config, documents[:, 0], state)
+        if by_kernel is not None:
+            return by_kernels.one_token(by_kernel, inputs, cache_params, config, documents[:, 0], state)
+        own = None if learned is None else learned[:, 0]
+        return run_token(inputs, cache_params, config, documents[:, 0], state, own)
     run = kernels.kernels(chosen)
     if run is not None and run.hola is not None:  # where NaN stays in its document
         return run_piece(inputs, cache_params, config, documents, several, state, fresh, None, run)
@@ -84,8 +89,9 @@ def hola_memory(
     inputs = Inputs(clear.q, clear.k, clear.v, *clear.gates)
     state = dataclasses.replace(state, fast_weights=clear.states[0])
     if chosen.name == "reference":
-        out, state = hola_reference(*inputs, cache_params, config, documents, state)
+        out, state = hola_reference(*inputs, cache_params, config, documents, state, learned)
     else:
-        out, state = run_piece(inputs, cache_params, config, documents, several, state, fresh, sequence_axis, run)
+        where = (documents, several, state, fresh, sequence_axis)
+        out, state = run_piece(inputs, cache_params, config, *where, run, learned)
     fast_weights = poison.spoil(state.fast_weights, clear.spoilt_last)
     return poison.spoil(out, clear.spoilt), dataclasses.replace(state, fast_weights=fast_weights)

@@ -86,6 +86,8 @@ class Work(NamedTuple):
     window: int | None = None  # None: there is no exact cache
     block: int | None = None
     continued: bool = False  # whether it begins with an earlier piece's state
+    only_xla: str = ""  # why no kernel runs it, where its configuration says so
+    rescored: bool = False  # whether its cache is ranked anew at each block's end
 
 
 def work_of(q: Array, k: Array, v: Array, **fields: Any) -> Work:
@@ -165,6 +167,11 @@ def choose(
         raise NotImplementedError(
             f"implementation='reference' runs on whole sequences; with sequence_axis={sequence_axis!r} use 'xla' (or None)"
         )
+    if work.rescored and sequence_axis is not None:
+        raise NotImplementedError(
+            f"{work.only_xla}: what a block finds depends on all the blocks before it, so they cannot be divided over mesh "
+            f"axis {sequence_axis!r}; divide the batch or the heads, or take a score that is fixed when a token is written"
+        )
     if asked in ("reference", "xla"):
         return Choice(asked, "asked for")
     here = platform is None
@@ -181,7 +188,9 @@ def choose(
     name = _named(platform) if asked == "pallas" else asked
     wanted = name.removeprefix("pallas_")
     why_not = ""
-    if name != "interpret" and (wanted not in PLATFORMS or not (here or wanted == platform)):
+    if work.only_xla:
+        why_not = work.only_xla
+    elif name != "interpret" and (wanted not in PLATFORMS or not (here or wanted == platform)):
         why_not = f"there are kernels for {', '.join(PLATFORMS)}, and this is {platform}"
     elif name != "interpret" and not here:  # a bare call hears the kernels themselves when it is traced
         why_not = _refused(platform, work)
@@ -219,6 +228,8 @@ def _why_not(work: Work, platform: str, parts: int, here: bool) -> str:
 
 def _unfit(work: Work, parts: int) -> str:
     """What no kernel does."""
+    if work.only_xla:
+        return work.only_xla
     if not work.delta:
         return "this memory has no kernels: it does not write by the delta rule"
     if work.channels:

@@ -23,6 +23,16 @@ def rms_norm(x: Float[Array, "... K"], scale: Float[Array, " K"]) -> Float[Array
     return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON) * scale
 
 
+def of_state(key: Float[Array, "... K"], params: CacheParams, config: MemoryConfig) -> Float[Array, "... K"]:
+    """k^ of a stored k~, in float32, so that the cache need not hold both: the scale divided out again, brought to unit
+    length. A channel whose scale is 0 is lost."""
+    key = key.astype(jnp.float32)
+    if config.read == "unit_l2":
+        return key
+    assert params.key_scale is not None
+    return unit_l2(jnp.where(params.key_scale == 0, 0.0, key / params.key_scale))
+
+
 def for_reading(q: Array, k: Array, heads: int, params: CacheParams, config: MemoryConfig) -> tuple[Array, Array]:
     """q~ [.., H, K] with the temperature multiplied in, float32, and k~ [.., h, K] as it is stored."""
     group = heads // k.shape[-2]

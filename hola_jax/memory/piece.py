@@ -1,8 +1,9 @@
 """Many tokens at once: the chunked path of HOLA's memory.
 
 Three phases: tokens are lined up with the blocks (`align`), the state path gives outputs and scores, and the scores
-decide what each block finds in the cache, which is then read. The last two are in `by_xla` and in `by_kernels`. Along a mesh
-axis the same phases run on each device's part, and `devices` tells what a part must know of those before it.
+decide what each block finds in the cache, which is then read. The last two are in `by_xla` and in `by_kernels`; where scores
+change while a pair is held, the last is in `rescored`. Along a mesh axis the same phases run on each device's part, and
+`devices` tells what a part must know of those before it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int32
-from hola_jax.memory import by_kernels, by_xla, poison
+from hola_jax.memory import by_kernels, by_xla, poison, rescored
 from hola_jax.memory.align import Inputs, Piece, align, to_places, to_tokens
 from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.devices import cache_before_device, counters_before_device, last_device_with_tokens
 from hola_jax.memory.exact_cache import token_scores
 from hola_jax.memory.kernels import Kernels
+from hola_jax.memory.learned import retained
 from hola_jax.memory.norms import for_reading
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
@@ -35,6 +37,7 @@ def run_piece(
     fresh: bool,
     axis: str | None,
     kernels: Kernels | None = None,
+    learned: Float[Array, "B T H"] | None = None,
 ) -> tuple[Array, MemoryState]:
     """Any number of tokens at once; by plain XLA where no kernels are given. NaN may come to a fused kernel alone."""
     length = documents.shape[1]
@@ -43,13 +46,15 @@ def run_piece(
         tail = -length % config.block
         padded = Inputs(*(jnp.pad(x, [(0, 0), (0, tail)] + [(0, 0)] * (x.ndim - 2)) for x in inputs))
         documents = jnp.pad(documents, [(0, 0), (0, tail)])
-        piece = _line_up(padded, documents, several or not fresh, params, state, config, fill, kernels)
+        learned = None if learned is None else jnp.pad(learned, [(0, 0), (0, tail), (0, 0)])
+        piece = _line_up(padded, documents, several or not fresh, params, state, config, fill, kernels, learned)
         out, state = _phases(piece, params, config, state, fresh, axis, kernels)
         return out[:, :length], state
     alignment = align(documents, fill, config.block, may_be_filled=not fresh)
     moved = Inputs(*(to_places(x, alignment) for x in inputs))
     places = to_places(documents[..., None], alignment)[..., 0]
-    piece = _line_up(moved, places, True, params, state, config, fill, kernels)
+    learned = None if learned is None else to_places(learned, alignment)
+    piece = _line_up(moved, places, True, params, state, config, fill, kernels, learned)
     out, state = _phases(piece, params, config, state, fresh, None, kernels)
     return to_tokens(out, alignment), state
 
@@ -63,6 +68,7 @@ def _line_up(
     config: MemoryConfig,
     fill: Array,
     kernels: Kernels | None,
+    learned: Float[Array, "B L H"] | None,
 ) -> Piece:
     """A piece whose tokens already stand at their places, behind `fill` places of the running block."""
     length, (q, k, values, *_) = documents.shape[1], inputs
@@ -70,6 +76,8 @@ def _line_up(
         q, k, values = (poison.finite_together(x)[0][0] for x in (q, k, values))
     queries, keys = for_reading(q, k, values.shape[2], params, config)
     own = documents
+    if learned is not None:
+        values = retained(values, learned)
     if several:
         place = jnp.arange(length, dtype=jnp.int32)
         occupied = place < fill[:, None]
@@ -79,7 +87,7 @@ def _line_up(
         values = jnp.where(occupied[..., None, None], running_values, values)
         alive = (state.position - fill)[:, None] + place >= state.document_start[:, None]
         documents = jnp.where(occupied, jnp.where(alive, state.document[:, None], 0), documents)
-    return Piece(inputs, queries, keys, values, own, documents, several)
+    return Piece(inputs, queries, keys, values, own, documents, several, learned)
 
 
 def _phases(
@@ -109,7 +117,8 @@ def _phases(
     initial = None if fresh and axis is None else state.fast_weights
     state_path = by_xla.state_path if kernels is None else partial(by_kernels.state_path, kernels)
     state_out = state_path(piece, config, initial, before_device.document, axis)
-    scores = token_scores(config, state_out.magnitude, inputs.v, inputs.beta, positions).swapaxes(1, 2)
+    scores = token_scores(config, state_out.magnitude, inputs.v, inputs.beta, positions, piece.learned)
+    scores = scores.swapaxes(1, 2)
     if not fresh and axis is None:
         occupied = jnp.arange(length) < (state.position % block)[:, None]
         running = jnp.pad(state.block_scores, [(0, 0), (0, 0), (0, length - block)])
@@ -118,8 +127,13 @@ def _phases(
         before_device = cache_before_device(piece, scores, positions, before_device, state.document, axis)
         fresh = False
     whole = (before_device.position + count - start) // block  # complete blocks of the piece, per row
-    read = partial(by_xla.read_blocks, fresh) if kernels is None else partial(by_kernels.read_blocks, kernels)
-    o_cache, kept = read(piece, scores, positions, whole, params, config, before_device)
+    given = (piece, scores, positions, whole, params, config, before_device)
+    if config.rescored:
+        o_cache, kept, scores = rescored.read_blocks(fresh, *given, state_out.states)
+    elif kernels is None:
+        o_cache, kept = by_xla.read_blocks(fresh, *given)
+    else:
+        o_cache, kept = by_kernels.read_blocks(kernels, *given)
     gate = jax.nn.sigmoid(params.gate_logit.astype(jnp.float32))[:, None]
     out = (state_out.out + gate * o_cache).astype(inputs.v.dtype)
     after = _state_after(piece, scores, positions, kept, whole, count, config, before_device)

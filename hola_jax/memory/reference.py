@@ -13,7 +13,8 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.memory.exact_cache import hashed_score
-from hola_jax.memory.norms import rms_norm, unit_l2
+from hola_jax.memory.learned import retained
+from hola_jax.memory.norms import of_state, rms_norm, unit_l2
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
 
@@ -39,6 +40,7 @@ class Token(NamedTuple):
     v: Array
     beta: Array
     log_decay: Array
+    learned: Array
     document: Array
 
 
@@ -50,6 +52,9 @@ def _score(config: MemoryConfig, token: Token, error: Array, position: Array, he
         "write": token.beta * jnp.linalg.norm(token.v.astype(jnp.float32)),
         "recency": position.astype(jnp.float32),
         "random": hashed_score(position, heads, config.seed)[head],
+        "attention": jnp.float32(0),  # nobody has read it yet
+        "recall": jnp.float32(0),  # until the block is complete
+        "learned": token.learned,
     }[config.score]
     return lax.stop_gradient(score)
 
@@ -77,18 +82,21 @@ def _start_document(memory: Head, document: Array) -> Head:
     )
 
 
-def _finish_block(memory: Head, visible: Array, block_start: Array, window: int) -> Head:
+def _finish_block(memory: Head, visible: Array, block_start: Array, params: CacheParams, config: MemoryConfig) -> Head:
     """The best W of the cache and of the block's visible tokens; the earlier token wins a tie."""
-    block = memory.block_scores.shape[0]
+    block, window = config.block, config.window
     scores = jnp.concatenate([memory.cache_scores, jnp.where(visible, memory.block_scores, -jnp.inf)])
+    keys = jnp.concatenate([memory.cache_keys, memory.block_keys])
+    values = jnp.concatenate([memory.cache_values, memory.block_values])
+    if config.score == "recall":  # LoLA's SRE with HOLA's state: |S' k^ - v|
+        error = of_state(keys, params, config) @ memory.fast_weights - values.astype(jnp.float32)
+        scores = jnp.where(scores > -jnp.inf, lax.stop_gradient(jnp.linalg.norm(error, axis=-1)), -jnp.inf)
     positions = jnp.concatenate([memory.cache_positions, block_start + jnp.arange(block)])
     best = jnp.lexsort((positions, -scores))[:window]
     filled = scores[best] > -jnp.inf
-    keys = jnp.concatenate([memory.cache_keys, memory.block_keys])[best]
-    values = jnp.concatenate([memory.cache_values, memory.block_values])[best]
     return memory._replace(
-        cache_keys=jnp.where(filled[:, None], keys, 0),
-        cache_values=jnp.where(filled[:, None], values, 0),
+        cache_keys=jnp.where(filled[:, None], keys[best], 0),
+        cache_values=jnp.where(filled[:, None], values[best], 0),
         cache_scores=scores[best],
         cache_positions=jnp.where(filled, positions[best], EMPTY),
         block_keys=jnp.zeros_like(memory.block_keys),
@@ -118,7 +126,9 @@ def _token(
     memory = memory._replace(
         fast_weights=state,
         block_keys=memory.block_keys.at[fill].set(key),
-        block_values=memory.block_values.at[fill].set(token.v),
+        block_values=memory.block_values.at[fill].set(
+            retained(token.v, token.learned) if config.score == "learned" else token.v
+        ),
         block_scores=memory.block_scores.at[fill].set(_score(config, token, error, memory.position, head, heads)),
     )
     block_start = memory.position - fill
@@ -129,10 +139,22 @@ def _token(
     values = jnp.concatenate([memory.cache_values, memory.block_values]).astype(jnp.float32)
     logits = jnp.append(keys @ query, params.sink_logit[head])
     weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))  # Eq. 7
-    o_cache = weights[:-1] @ values
+    read = weights
+    if config.read_energy is not None:  # the fewest that hold this share of the read
+        order = -jnp.sort(-weights)
+        least = jnp.min(jnp.where(jnp.cumsum(order) - order < config.read_energy, order, jnp.inf))
+        read = jnp.where(weights >= lax.stop_gradient(least), weights, 0.0)
+        read = read / jnp.sum(read)
+    o_cache = read[:-1] @ values
     out = o_state + jax.nn.sigmoid(params.gate_logit[head]) * o_cache
+    if config.score == "attention":  # H2O: a_j <- a_j + w_tj, the null sink in the softmax's sum
+        given = lax.stop_gradient(weights)
+        memory = memory._replace(
+            cache_scores=memory.cache_scores + given[: config.window],
+            block_scores=memory.block_scores + given[config.window : -1],
+        )
 
-    full = _finish_block(memory, visible, block_start, config.window)
+    full = _finish_block(memory, visible, block_start, params, config)
     memory = jax.tree.map(lambda a, b: jnp.where(fill == block - 1, a, b), full, memory)
     return memory._replace(position=memory.position + 1), out
 
@@ -147,6 +169,7 @@ def hola_reference(
     config: MemoryConfig,
     documents: Int[Array, "B T"],
     state: MemoryState,
+    learned: Float[Array, "B T H"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], MemoryState]:
     """Outputs (0 at padding) and the state after the last token; `documents` is 0 at padding."""
     heads, group = v.shape[2], v.shape[2] // k.shape[2]
@@ -159,13 +182,14 @@ def hola_reference(
 
         return lax.scan(step, memory, tokens)
 
-    per_head = Token._make(1 if x.ndim > 2 else None for x in (q, k, v, beta, log_decay, documents))
+    per_head = Token._make(1 if x.ndim > 2 else None for x in (q, k, v, beta, log_decay, beta, documents))
     counters = ("position", "document", "document_start")
     memory_axes = Head._make(None if name in counters else 0 for name in Head._fields)
     after_axes = Head._make(0 for _ in Head._fields)
     fields = {name: getattr(state, name) for name in Head._fields}
     memory = Head(**{**fields, "block_keys": jnp.repeat(state.block_keys, group, axis=1)})
-    tokens = Token(jnp.repeat(q, group, axis=2), jnp.repeat(k, group, axis=2), v, beta, log_decay, documents)
+    learned = jnp.zeros_like(beta) if learned is None else learned
+    tokens = Token(jnp.repeat(q, group, axis=2), jnp.repeat(k, group, axis=2), v, beta, log_decay, learned, documents)
     after, out = jax.vmap(
         lambda memory, tokens: jax.vmap(one_head, (memory_axes, per_head, 0), (after_axes, 1))(
             memory, tokens, jnp.arange(heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Float, Int32
 
-Score = Literal["surprise", "residual", "write", "recency", "random"]
+Score = Literal["surprise", "residual", "write", "recency", "random", "attention", "recall", "learned"]
 Read = Literal["rmsnorm", "unit_l2"]
 Scan = Literal["auto", "associative", "sequential"]
 
+RESCORED = ("attention", "recall")  # scores of a pair that change while it is held
 EMPTY = -1  # position of a cache row that holds no token
 
 
@@ -26,12 +27,17 @@ class MemoryConfig:
     block        C, tokens of a block; a token competes for the cache when its block is complete
     chunk        c, tokens of a delta-rule chunk: changes speed, not meaning; divides `block`
     score        what a token must be large in to stay: "surprise" beta|e|, "residual" |e|, "write" beta|v|,
-                 "recency" its position, "random" a fixed hash of its position, head and `seed`
+                 "recency" its position, "random" a fixed hash of its position, head and `seed`. These are fixed when the
+                 token is written. Two are not: "attention", the softmax weights that reads gave it so far, added up
+                 (H2O); "recall" |S' k^ - v|, how wrong S gives it back, measured anew after each block (LoLA). And
+                 "learned" is what the layer gives, fixed when the token is written, with a gradient of its own (LTE)
     read         how the visible set is read: "rmsnorm" (sharp, decoupled) or "unit_l2" (unit vectors, learned temperature)
     scan         how chunks are joined: "sequential" carries the state, "associative" is a parallel prefix scan,
                  "auto" picks by a measured rule (see `delta_rule.choose_scan`)
     state_scale  factor on the state's output; None is K ** -0.5
     seed         of the "random" score
+    read_energy  share of its softmax weights that a read keeps, in (0, 1]: the fewest of the visible entries, the null sink
+                 among them, whose weights reach it, renormalised (equals of the smallest kept stay too). None keeps all
     """
 
     window: int = 64
@@ -42,6 +48,7 @@ class MemoryConfig:
     scan: Scan = "auto"
     state_scale: float | None = None
     seed: int = 0
+    read_energy: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("window", 0), ("block", 1), ("chunk", 1)):
@@ -57,9 +64,27 @@ class MemoryConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MemoryConfig.{name} is {getattr(self, name)!r}; it must be one of {list(allowed)}")
 
+        energy = self.read_energy
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"MemoryConfig.read_energy is {energy!r}; it must be None or a share in (0, 1]")
+
     def scale(self, key_dim: int) -> float:
         """The factor on the state's output."""
         return key_dim**-0.5 if self.state_scale is None else self.state_scale
+
+    @property
+    def rescored(self) -> bool:
+        """Whether pairs are scored anew at each block's end, so that blocks must be ranked one after the other."""
+        return self.score in RESCORED
+
+    @property
+    def only_xla(self) -> str:
+        """Why no kernel runs this memory; empty where some may."""
+        if self.read_energy is not None:
+            return f"read_energy={self.read_energy} drops entries of each read, which no kernel does"
+        if self.score == "learned":
+            return "score='learned' has a gradient of its own, which no kernel gives"
+        return f"score={self.score!r} is made anew at each block's end, which no kernel does" if self.rescored else ""
 
     def meaning(self) -> MemoryConfig:
         """This configuration without the fields that change only how fast the result comes."""
@@ -97,6 +122,7 @@ class MemoryState:
     document: Int32[Array, " B"]  # segment id of the last real token; 0 before any
     document_start: Int32[Array, " B"]  # position at which that document began
     config: MemoryConfig = dataclasses.field(metadata={"static": True})
+    scorer: Any = None  # what a layer remembers that makes the "learned" scores; the memory carries it and no more
 
     @property
     def nbytes(self) -> int:

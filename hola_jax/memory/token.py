@@ -13,9 +13,11 @@ from hola_jax.array_types import Array, Bool, Float, Int32
 from hola_jax.memory.align import Inputs
 from hola_jax.memory.cache_read import read_token
 from hola_jax.memory.delta_rule import delta_rule_token
-from hola_jax.memory.exact_cache import best_rows, token_scores
+from hola_jax.memory.exact_cache import best_by_position, best_rows, token_scores
+from hola_jax.memory.learned import retained
 from hola_jax.memory.norms import for_reading, unit_l2
 from hola_jax.memory.poison import cleaned, not_finite, spoil
+from hola_jax.memory.rescored import recall_error
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
 
@@ -52,7 +54,12 @@ def clean_token(inputs: Inputs, document: Int32[Array, " B"]) -> Clean:
 
 
 def run_token(
-    inputs: Inputs, params: CacheParams, config: MemoryConfig, document: Int32[Array, " B"], state: MemoryState
+    inputs: Inputs,
+    params: CacheParams,
+    config: MemoryConfig,
+    document: Int32[Array, " B"],
+    state: MemoryState,
+    learned: Float[Array, "B H"] | None = None,
 ) -> tuple[Array, MemoryState]:
     """One token of every row: the decoding path. Rows may stand at different positions; padding changes nothing.
 
@@ -86,14 +93,16 @@ def run_token(
     spoilt = clean.writes | lost
     norm = jnp.linalg.norm(jnp.where(lost[..., None], 0.0, lax.stop_gradient(error)), axis=-1)
     magnitude = {"surprise": beta * norm, "residual": norm}.get(config.score)
-    score = token_scores(config, magnitude, v, beta, state.position)
+    score = token_scores(config, magnitude, v, beta, state.position, learned)
     query, key = for_reading(q, k, heads, params, config)
 
     fill = state.position % block
     row, slot = jnp.arange(batch), jnp.where(real, fill, block)  # a slot behind the block is dropped
     rows = rows._replace(
         block_keys=rows.block_keys.at[row, :, slot].set(key, mode="drop"),
-        block_values=rows.block_values.at[row, :, slot].set(v, mode="drop"),
+        block_values=rows.block_values.at[row, :, slot].set(
+            v if learned is None else retained(v, learned), mode="drop"
+        ),
         block_scores=rows.block_scores.at[row, :, slot].set(score, mode="drop"),
     )
     index = jnp.arange(block)
@@ -103,17 +112,29 @@ def run_token(
     def apart(x: Array) -> Array:
         return x.reshape(batch, key_heads, group, *x.shape[2:])
 
-    o_cache = read_token(
+    o_cache, given = read_token(
         apart(query),
         [apart(rows.cache_keys), rows.block_keys[:, :, None]],
         [apart(rows.cache_values), apart(rows.block_values)],
         [apart(filled), jnp.broadcast_to(seen[:, None, None], (batch, key_heads, group, block))],
         params.sink_logit.reshape(key_heads, group),
-    ).reshape(batch, heads, -1)
+        config.read_energy,
+    )
+    o_cache, given = (x.reshape(batch, heads, -1) for x in (o_cache, lax.stop_gradient(given)))
+    if config.score == "attention":
+        given = jnp.where(real[:, None, None], given, 0.0)
+        rows = rows._replace(
+            cache_scores=rows.cache_scores + given[..., : config.window],
+            block_scores=rows.block_scores + given[..., config.window :],
+        )
     gate = jax.nn.sigmoid(params.gate_logit.astype(jnp.float32))[:, None]
     out = spoil(jnp.where(real[:, None, None], o_state + gate * o_cache, 0.0), (spoilt | clean.asks) & real[:, None])
     complete, position = real & (fill == block - 1), state.position + real
-    rows = lax.cond(jnp.any(complete), lambda rows: _merge(rows, complete, seen, position), lambda rows: rows, rows)
+
+    def merged(rows: Rows) -> Rows:
+        return _merge(rows, complete, seen, position, config, params, fast_weights)
+
+    rows = lax.cond(jnp.any(complete), merged, lambda rows: rows, rows)
     state = dataclasses.replace(
         state,
         fast_weights=spoil(fast_weights, spoilt),
@@ -142,21 +163,34 @@ def _forget(rows: Rows, which: Bool[Array, " B"]) -> Rows:
     return _choose(which, empty, rows)
 
 
-def _merge(rows: Rows, which: Bool[Array, " B"], seen: Bool[Array, "B C"], position: Int32[Array, " B"]) -> Rows:
+def _merge(
+    rows: Rows,
+    which: Bool[Array, " B"],
+    seen: Bool[Array, "B C"],
+    position: Int32[Array, " B"],
+    config: MemoryConfig,
+    params: CacheParams,
+    fast_weights: Float[Array, "B H K V"],
+) -> Rows:
     """The running block of the named rows of the batch is complete: its visible tokens compete with the cache, and the block
     is empty."""
     window, block = rows.cache_scores.shape[-1], rows.block_scores.shape[-1]
     heads, group = rows.cache_scores.shape[1], rows.cache_scores.shape[1] // rows.block_keys.shape[1]
     scores = jnp.concatenate([rows.cache_scores, jnp.where(seen[:, None], rows.block_scores, -jnp.inf)], axis=-1)
-    index = jnp.broadcast_to(jnp.arange(window + block, dtype=jnp.int32), scores.shape)
-    best, index = best_rows(scores, index, window)
-    filled = best > -jnp.inf
     in_block = (position[:, None] - block + jnp.arange(block, dtype=jnp.int32))[:, None]
     positions = jnp.concatenate(
         [rows.cache_positions, jnp.broadcast_to(in_block, (in_block.shape[0], heads, block))], axis=-1
     )
     keys = jnp.concatenate([rows.cache_keys, jnp.repeat(rows.block_keys, group, axis=1)], axis=2)
     values = jnp.concatenate([rows.cache_values, rows.block_values], axis=2)
+    if config.score == "recall":
+        error = lax.stop_gradient(recall_error(fast_weights, keys, values, params, config))
+        scores = jnp.where(scores > -jnp.inf, error, -jnp.inf)
+    if config.rescored:
+        best, index = best_by_position(scores, positions, window)
+    else:
+        best, index = best_rows(scores, lax.broadcasted_iota(jnp.int32, scores.shape, 2), window)
+    filled = best > -jnp.inf
     take = jax.vmap(jax.vmap(lambda x, i: x[i]))
     merged = Rows(
         cache_keys=jnp.where(filled[..., None], take(keys, index), 0),

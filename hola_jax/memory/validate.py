@@ -86,6 +86,7 @@ def inputs(
     segment_ids: Array | None,
     state: MemoryState | None,
     sequence_axis: str | None,
+    learned: Array | None = None,
 ) -> None:
     """Everything that shapes and types can tell of a call of `hola_memory`."""
     if not isinstance(config, MemoryConfig):
@@ -113,6 +114,12 @@ def inputs(
             )
         letter = "K" if sizes[name] == key_dim and name.endswith("scale") else "H"
         _has_shape(f"cache_params.{name}", value, (sizes[name],), letter, f"v {tuple(v.shape)} and k {tuple(k.shape)}")
+    if (learned is None) == (config.score == "learned"):
+        given = "not given" if learned is None else "given"
+        raise ValueError(f"learned is {given} and the score is {config.score!r}; it belongs to score='learned' alone")
+    if learned is not None:
+        _is_float("learned", learned)
+        _has_shape("learned", learned, (batch, length, heads), "B T H", f"v {tuple(v.shape)}")
     if sequence_axis is not None and length % config.block:
         raise ValueError(
             f"each device holds {length} tokens along mesh axis {sequence_axis!r}; "

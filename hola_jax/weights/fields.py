@@ -42,6 +42,7 @@ _MEMORY = {  # of config.json: of MemoryConfig
     "cache_score": "score",
     "cache_read": "read",
     "cache_seed": "seed",
+    "cache_read_energy": "read_energy",
     "state_scale": "state_scale",
 }
 _NEEDED_MEMORY = ("cache_window", "cache_block", "cache_score", "cache_read")

@@ -86,6 +86,10 @@ def rows(config: ModelConfig) -> list[Row]:
         return [*table, *_ATTENTION]
     table += [*_DELTA, *([_GATE] if config.output_gate else [])]
     if config.mixer == "hola":
+        if config.memory.score == "learned":
+            raise NotImplementedError(
+                "score 'learned' has no Hugging Face keys for its net of convolutions; keep such a model as a run folder"
+            )
         table += [*_CACHE, *(_SHARP_READ if config.memory.read == "rmsnorm" else _UNIT_READ)]
     return table
 

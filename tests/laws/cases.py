@@ -14,6 +14,10 @@ from hola_jax.memory import CacheParams, MemoryConfig, MemoryState, hola_memory
 
 B, T, KEY_HEADS, H, K, V = 2, 37, 1, 2, 8, 6
 CONFIG = MemoryConfig(window=4, block=8, chunk=4)
+# Scores that change while a pair is held, and run on a path of their own, in plain XLA.
+RESCORED = {score: MemoryConfig(window=4, block=8, chunk=4, score=score) for score in ("attention", "recall")}
+# With those that are learned, all whose path is not that of "surprise".
+OTHER = RESCORED | {"learned": MemoryConfig(window=4, block=8, chunk=4, score="learned")}
 PARAMS = CacheParams(
     query_scale=jnp.linspace(0.8, 1.3, K),
     key_scale=jnp.linspace(1.2, 0.7, K),
@@ -48,9 +52,16 @@ def _compiled(config: MemoryConfig, implementation: str | None):
     @jax.jit
     def run(arrays, segment_ids=None, state=None, params=PARAMS):
         options = {"config": config, "segment_ids": segment_ids, "state": state, "implementation": implementation}
-        return hola_memory(*arrays, params, **options)
+        return hola_memory(*arrays, params, **options, learned=learned(config, arrays))
 
     return run
+
+
+def learned(config: MemoryConfig, arrays: list):
+    """What stands for a layer's scores where they are learned: a number of each token's value."""
+    if config.score != "learned":
+        return None
+    return jnp.sum(arrays[2].astype(jnp.float32) * jnp.cos(jnp.arange(V)), axis=-1)
 
 
 @functools.cache
@@ -86,7 +97,7 @@ def run_in_pieces(run, arrays: list, segment_ids, cuts: list[int], state=None):
 def assert_same_state(a: MemoryState, b: MemoryState, atol: float = 2e-5) -> None:
     """Integers identical (so the same tokens are kept), numbers close."""
     for field in dataclasses.fields(MemoryState):
-        if field.name == "config":
+        if field.name in ("config", "scorer"):
             continue
         left, right = (np.asarray(getattr(state, field.name)) for state in (a, b))
         if left.dtype == np.int32:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hola_jax.memory import MemoryConfig, hola_memory
-from tests.laws.cases import PARAMS, B, assert_close, assert_same_state, compiled, inputs
+from tests.laws.cases import OTHER, PARAMS, RESCORED, B, assert_close, assert_same_state, compiled, inputs, learned
 
 CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 TOKENS = 128
@@ -30,7 +30,13 @@ def along_sequence(config=CONFIG):
 
     def run(arrays, segment_ids, state, params):
         return hola_memory(
-            *arrays, params, config=config, segment_ids=segment_ids, state=state, sequence_axis="sequence"
+            *arrays,
+            params,
+            config=config,
+            segment_ids=segment_ids,
+            state=state,
+            sequence_axis="sequence",
+            learned=learned(config, arrays),
         )
 
     return jax.jit(
@@ -56,6 +62,7 @@ def layout(kind: str):
     ("kind", "score"),
     [
         ("documents", "surprise"),
+        ("documents", "learned"),
         pytest.param("one document", "surprise", marks=pytest.mark.slow),
         pytest.param("documents", "recency", marks=pytest.mark.slow),
     ],
@@ -123,15 +130,22 @@ def test_what_is_communicated_does_not_grow_with_the_sequence():
     assert few == many > 0
 
 
-def test_batch_and_heads_may_be_sharded_by_the_compiler():
+@pytest.mark.parametrize("config", [CONFIG, *OTHER.values()], ids=lambda config: config.score)
+def test_batch_and_heads_may_be_sharded_by_the_compiler(config):
     devices = mesh((4, "data"), (2, "tensor"))
     arrays = inputs(4, 37, batch=4, key_heads=2)
     per_head = NamedSharding(devices, P("data", None, "tensor"))
     placed = [jax.device_put(x, per_head) for x in arrays]
-    out, state = compiled(CONFIG)(placed)
-    expected, expected_state = compiled(CONFIG)(arrays)
+    out, state = compiled(config)(placed)
+    expected, expected_state = compiled(config)(arrays)
     assert_close(out, expected)
     assert_same_state(state, expected_state)
+
+
+@pytest.mark.parametrize("score", RESCORED)
+def test_blocks_that_wait_for_each_other_are_not_divided_over_devices(score):
+    with pytest.raises(NotImplementedError, match=f"score='{score}'.* divide the batch or the heads"):
+        along_sequence(RESCORED[score])(inputs(0, TOKENS), None, None, PARAMS)
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hola_jax.memory import CacheParams, MemoryConfig
+from hola_jax.memory import CacheParams, MemoryConfig, hola_memory
 from tests.laws.cases import (
     CONFIG,
+    OTHER,
     PARAMS,
     SEGMENTS,
     T,
@@ -30,15 +31,18 @@ VARIANTS = {
     "write": MemoryConfig(window=10, block=6, chunk=3, score="write"),  # a cache wider than a block
     "recency": MemoryConfig(window=3, block=16, chunk=16, score="recency", state_scale=1.0),
     "no-cache": MemoryConfig(window=0, block=8, chunk=4),
+    "energy": MemoryConfig(window=4, block=8, chunk=4, read_energy=0.7),
+    **OTHER,
 }
 SLOW = ("associative", "recency", "no-cache")  # the others say of another jax all that these could
 ONE_DOCUMENT = ("associative",)  # of the kernels: pallas_kernels/test_hola.py
 # The kernels take turns of their own, whatever the scan; and scores that are given, as in "write", are one way to them.
+BY_XLA = ("energy", *OTHER)  # no kernel takes them, and says so
 CASES = [
     pytest.param(variant, how, marks=pytest.mark.slow if variant in SLOW else ())
     for how in IMPLEMENTATIONS
     for variant in VARIANTS
-    if (variant, how) != ("associative", "interpret")
+    if how == "xla" or variant not in ("associative", *BY_XLA)
 ]
 
 
@@ -123,3 +127,33 @@ def test_ties_are_won_by_the_earlier_token():
         _, (_, state) = compiled_gradient(config, implementation)(arrays, PARAMS, np.ones_like(SEGMENTS))
         assert state.cache_positions.tolist() == [[list(range(10))] * 2] * 2
     assert config.window < T // config.block * config.block
+
+
+def test_a_learned_score_is_taught_by_what_reads_make_of_the_value():
+    """dL/dr = v . dL/dv, r = sigmoid(z) - 0.5. Nothing is written to S, so v is in the exact reads alone."""
+    q, k, v, beta, g = inputs(9)
+    z, draw = jnp.asarray(np.random.default_rng(9).normal(size=beta.shape), jnp.float32), np.random.default_rng(1)
+    weight, segments = draw.normal(size=v.shape), jnp.asarray(SEGMENTS)
+
+    @jax.jit
+    def gradients(v, z):
+        def loss(v, z):
+            given = (q, k, v, jnp.zeros_like(beta), g, PARAMS)
+            return jnp.sum(weight * hola_memory(*given, config=OTHER["learned"], segment_ids=segments, learned=z)[0])
+
+        return jax.grad(loss, argnums=(0, 1))(v, z)
+
+    d_v, d_z = gradients(v, z)
+    r = jax.nn.sigmoid(z)
+    assert_close(d_z, jnp.sum(v * d_v, axis=-1) * r * (1 - r))
+    assert np.abs(np.asarray(d_z)[SEGMENTS > 0]).min() > 0 and not np.any(np.asarray(d_z)[SEGMENTS == 0])
+
+
+@pytest.mark.parametrize("config", OTHER.values(), ids=OTHER)
+def test_ties_are_won_by_the_earlier_token_whatever_the_score(config):
+    q, k, v, beta, g = inputs(8)
+    arrays = [q, jnp.zeros_like(k), jnp.ones_like(v), beta, g]
+    blind = PARAMS._replace(sink_logit=jnp.full(2, 1e4))  # all weights are nothing: exp underflows
+    for implementation in ("reference", "xla"):
+        _, (_, state) = compiled_gradient(config, implementation)(arrays, blind, np.ones_like(SEGMENTS))
+        assert state.cache_positions.tolist() == [[list(range(4))] * 2] * 2

@@ -8,45 +8,60 @@ import pytest
 from hola_jax.memory import CacheParams, MemoryConfig, linear_memory
 from hola_jax.memory.delta_rule import delta_rule
 from hola_jax.memory.norms import rms_norm, unit_l2
-from tests.laws.cases import CONFIG, PARAMS, SEGMENTS, B, H, K, T, assert_close, assert_same_state, compiled, inputs
+from tests.laws.cases import (
+    CONFIG,
+    OTHER,
+    PARAMS,
+    SEGMENTS,
+    B,
+    H,
+    K,
+    T,
+    assert_close,
+    assert_same_state,
+    compiled,
+    inputs,
+)
 
-WAYS = ["xla", "interpret"]  # plain XLA, and the kernels' programs
+# Plain XLA, and the kernels' programs; and what takes another path to its scores.
+IMPLEMENTATIONS = ["xla", "interpret"]
+WAYS = {name: (CONFIG, name) for name in IMPLEMENTATIONS} | {name: (c, "xla") for name, c in OTHER.items()}
 
 
-@pytest.mark.parametrize("implementation", WAYS)
-def test_changing_one_document_leaves_the_others_bit_identical(implementation):
+@pytest.mark.parametrize("way", WAYS)
+def test_changing_one_document_leaves_the_others_bit_identical(way):
     arrays, other = inputs(0), inputs(1)
     changed = [
         jnp.where((SEGMENTS == 2).reshape(B, T, *[1] * (x.ndim - 2)), y, x) for x, y in zip(arrays, other, strict=True)
     ]
-    first, second = (np.asarray(compiled(CONFIG, implementation)(a, SEGMENTS)[0]) for a in (arrays, changed))
+    first, second = (np.asarray(compiled(*WAYS[way])(a, SEGMENTS)[0]) for a in (arrays, changed))
     np.testing.assert_array_equal(first[SEGMENTS != 2], second[SEGMENTS != 2])
     assert np.all(first[SEGMENTS == 2] != second[SEGMENTS == 2])
 
 
-@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 5), (3, 2)])  # one program for all
-def test_a_padded_row_gives_what_the_row_gives_alone(left, right, implementation):
+def test_a_padded_row_gives_what_the_row_gives_alone(left, right, way):
     arrays = inputs(2)
     segments = np.zeros((B, T), np.int32)
     segments[:, left : T - right] = 1
     noise = [jnp.where((segments == 0).reshape(B, T, *[1] * (x.ndim - 2)), 1e3, x) for x in arrays]
-    padded, state = compiled(CONFIG, implementation)(noise, segments)
-    alone, alone_state = compiled(CONFIG)([x[:, left : T - right] for x in arrays])
+    padded, state = compiled(*WAYS[way])(noise, segments)
+    alone, alone_state = compiled(WAYS[way][0])([x[:, left : T - right] for x in arrays])
     assert_close(padded[:, left : T - right], alone)
     assert not np.any(np.asarray(padded)[segments == 0])
     assert_same_state(state, alone_state)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", WAYS)
-def test_no_output_depends_on_a_later_token(implementation):
+@pytest.mark.parametrize("way", WAYS)
+def test_no_output_depends_on_a_later_token(way):
     arrays = inputs(3)
 
     @jax.jit
     def influence(arrays, t):
         """|d sum(out[t]) / d in[s]| by s."""
-        of_inputs = jax.grad(lambda arrays: jnp.sum(compiled(CONFIG, implementation)(arrays)[0][:, t]))(arrays)
+        of_inputs = jax.grad(lambda arrays: jnp.sum(compiled(*WAYS[way])(arrays)[0][:, t]))(arrays)
         return sum(jnp.sum(jnp.abs(g), axis=tuple(i for i in range(g.ndim) if i != 1)) for g in of_inputs)
 
     for t in (0, 7, 8, 20):
@@ -64,7 +79,7 @@ def test_without_cache_and_gate_the_memory_is_gated_deltanet():
     assert_close(out, alone, atol=2e-7)  # the same sums; two programs may fuse a multiply and an add differently
 
 
-@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_with_a_shut_gate_the_memory_is_gated_deltanet(implementation):
     arrays = inputs(4)
     out, state = compiled(CONFIG, implementation)(arrays, None, None, PARAMS._replace(gate_logit=jnp.full(H, -jnp.inf)))
@@ -73,7 +88,7 @@ def test_with_a_shut_gate_the_memory_is_gated_deltanet(implementation):
     assert_close(state.fast_weights, after.fast_weights, atol=5e-6)
 
 
-@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_block_for_all_is_softmax_attention_with_a_sink(implementation):
     arrays = inputs(5)
     config = MemoryConfig(window=4, block=40, chunk=8)
@@ -92,10 +107,10 @@ def test_one_block_for_all_is_softmax_attention_with_a_sink(implementation):
     assert_close(np.asarray(with_read) - np.asarray(without), attention(*arrays[:3]), atol=5e-6)
 
 
-@pytest.mark.parametrize("implementation", WAYS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("which", range(5), ids=["q", "k", "v", "beta", "log_decay"])
-def test_nan_reaches_its_own_document_and_no_other(which, implementation):
-    arrays, run = inputs(6), compiled(CONFIG, implementation)
+def test_nan_reaches_its_own_document_and_no_other(which, way):
+    arrays, run = inputs(6), compiled(*WAYS[way])
     clean = np.asarray(run(arrays, SEGMENTS)[0])
     bad = list(arrays)
     bad[which] = bad[which].at[0, 22, 0].set(jnp.nan)  # document 2 of row 0
@@ -114,12 +129,12 @@ def test_nan_reaches_its_own_document_and_no_other(which, implementation):
         assert np.all(np.isfinite(after))
 
 
-@pytest.mark.parametrize("implementation", WAYS)
-def test_nan_in_padding_is_not_seen(implementation):
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_in_padding_is_not_seen(way):
     arrays = inputs(8)
-    clean = np.asarray(compiled(CONFIG, implementation)(arrays, SEGMENTS)[0])
+    clean = np.asarray(compiled(*WAYS[way])(arrays, SEGMENTS)[0])
     bad = [x.at[0, :5].set(jnp.nan) for x in arrays]
-    np.testing.assert_array_equal(compiled(CONFIG, implementation)(bad, SEGMENTS)[0], clean)
+    np.testing.assert_array_equal(compiled(*WAYS[way])(bad, SEGMENTS)[0], clean)
 
 
 def test_parameters_that_the_read_does_not_use_may_be_absent():

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from hola_jax.layers import MIXERS as CLASSES
-from tests.laws.mixers import BY_KERNELS, MIXERS, TOKENS, small
+from tests.laws.mixers import BY_KERNELS, BY_SCORE, MIXERS, TOKENS, small
 
-CASES = [*MIXERS, *BY_KERNELS]
+CASES = [*MIXERS, *BY_KERNELS, *BY_SCORE]
 TOLERANCE = 2e-5  # float32, sums of some dozens of terms near 1 taken in another order
 
 

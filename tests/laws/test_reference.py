@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hola_jax.memory import CacheParams, MemoryConfig
-from tests.laws.cases import KEY_HEADS, PARAMS, SEGMENTS, B, H, K, T, V, assert_close, compiled, inputs
+from tests.laws.cases import KEY_HEADS, OTHER, PARAMS, SEGMENTS, B, H, K, T, V, assert_close, compiled, inputs
 
 
 def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -> np.ndarray:
@@ -21,7 +21,7 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
     out = np.zeros((B, T, H, V))
     for b in range(B):
         for h in range(H):
-            state, document, seen = np.zeros((K, V)), 0, []  # seen: (position, score, key, value)
+            state, document, seen = np.zeros((K, V)), 0, []  # seen: [position, score, key, value, state's key]
             position = 0
             for t in range(T):
                 if segments[b, t] == 0:
@@ -38,24 +38,38 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                     "residual": np.linalg.norm(e),
                     "write": beta[b, t, h] * np.linalg.norm(vt),
                     "recency": position,
-                }[config.score]
+                    "learned": vt @ np.cos(np.arange(V)),
+                }.get(config.score, 0.0)
                 if config.read == "rmsnorm":
                     key, query = rms(kt, ks), rms(qt, qs) / np.sqrt(K)
                 else:
                     key, query = unit(kt), unit(qt) * temperature[h]
-                seen.append((position, score, key, vt))
+                seen.append([position, score, key, vt, unit(kt)])
                 first = position - position % config.block
                 earlier = sorted((s for s in seen if s[0] < first), key=lambda s: (-s[1], s[0]))[: config.window]
                 visible = earlier + [s for s in seen if s[0] >= first]
+                if config.rescored:
+                    visible = seen
                 weights = np.exp([s[2] @ query for s in visible])
                 o_cache = weights @ np.array([s[3] for s in visible]) / (np.sum(weights) + np.exp(sink[h]))
                 out[b, t, h] = o + o_cache / (1 + np.exp(-gate[h]))
                 position += 1
+                if config.rescored:  # what is dropped is dropped for good
+                    if config.score == "attention":
+                        for s, weight in zip(seen, weights / (np.sum(weights) + np.exp(sink[h])), strict=True):
+                            s[1] += weight
+                    if position % config.block == 0:
+                        if config.score == "recall":
+                            for s in seen:
+                                s[1] = np.linalg.norm(s[4] @ state - s[3])
+                        seen = sorted(seen, key=lambda s: (-s[1], s[0]))[: config.window]
     return out
 
 
 @pytest.mark.parametrize(
-    ("score", "read"), [("surprise", "rmsnorm"), ("residual", "unit_l2"), ("write", "rmsnorm"), ("recency", "unit_l2")]
+    ("score", "read"),
+    [("surprise", "rmsnorm"), ("residual", "unit_l2"), ("write", "rmsnorm"), ("recency", "unit_l2")]
+    + [(score, "rmsnorm") for score in OTHER],
 )
 def test_reference_is_the_equations(score, read):
     config = MemoryConfig(window=4, block=8, chunk=4, score=score, read=read)

@@ -13,6 +13,7 @@ from hola_jax.memory import MemoryConfig, cached_positions, init_state
 from tests.laws.cases import (
     CONFIG,
     KEY_HEADS,
+    OTHER,
     SEGMENTS,
     B,
     H,
@@ -65,6 +66,7 @@ def test_whole_is_split(cuts, segments, implementation):
         pytest.param("residual", "xla", SEGMENTS, marks=pytest.mark.slow),
         pytest.param("write", "xla", SEGMENTS, marks=pytest.mark.slow),
         pytest.param("random", "xla", SEGMENTS, marks=pytest.mark.slow),
+        *((score, "xla", SEGMENTS) for score in OTHER),
     ],
 )
 def test_whole_is_token_by_token(score, implementation, segments):
@@ -74,6 +76,18 @@ def test_whole_is_token_by_token(score, implementation, segments):
     steps, after = run_in_pieces(compiled(config, implementation), arrays, segments, list(range(1, T)), empty(config))
     assert_close(steps, whole)
     assert_same_state(after, state)
+
+
+@pytest.mark.parametrize("config", OTHER.values(), ids=OTHER)
+def test_whole_is_split_whatever_the_score(config):
+    """Cut in the middle of a block, and at its end, where rows stand at different places in theirs."""
+    arrays = inputs()
+    whole, state = compiled(config)(arrays, SEGMENTS)
+    for cuts in ("mid-block", "late"):
+        parts, after = run_in_pieces(compiled(config), arrays, SEGMENTS, CUTS[cuts], empty(config))
+        assert_close(parts, whole)
+        assert_same_state(after, state)
+    assert after.nbytes == empty(config).nbytes
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])

@@ -9,13 +9,14 @@ import pytest
 from jax.experimental import checkify
 
 from hola_jax.memory import CacheParams, MemoryConfig, hola_memory, init_state
-from tests.laws.cases import CONFIG, KEY_HEADS, PARAMS, SEGMENTS, B, H, K, T, V, compiled, inputs
+from tests.laws.cases import CONFIG, KEY_HEADS, OTHER, PARAMS, RESCORED, SEGMENTS, B, H, K, T, V, compiled, inputs
 
 
-def call(config=CONFIG, params=PARAMS, segment_ids=None, state=None, implementation=None, **changed):
+def call(config=CONFIG, params=PARAMS, segment_ids=None, state=None, implementation=None, learned=None, **changed):
     """Trace a call with some of its arrays changed; nothing is computed."""
     arrays = dict(zip(["q", "k", "v", "beta", "log_decay"], inputs(), strict=True)) | changed
     options = {"config": config, "segment_ids": segment_ids, "state": state, "implementation": implementation}
+    options["learned"] = learned
     return jax.eval_shape(lambda: hola_memory(*arrays.values(), params, **options))
 
 
@@ -47,6 +48,33 @@ REFUSED = {
     "config": ({"config": "surprise"}, TypeError, "config is a str; it must be a MemoryConfig"),
     "implementation": ({"implementation": "cuda"}, ValueError, "implementation is 'cuda'; it must be"),
     "pallas": ({"implementation": "pallas"}, NotImplementedError, "use implementation='xla'"),
+    "new scores by pallas": (
+        {"config": RESCORED["attention"], "implementation": "pallas"},
+        NotImplementedError,
+        "score='attention' is made anew at each block's end, which no kernel does; use implementation='xla'",
+    ),
+    "new scores by kernel": (
+        {"config": RESCORED["attention"], "implementation": "interpret"},
+        NotImplementedError,
+        "score='attention'",
+    ),
+    "learned by pallas": (
+        {"config": OTHER["learned"], "learned": BETA, "implementation": "pallas"},
+        NotImplementedError,
+        "score='learned' has a gradient of its own, which no kernel gives",
+    ),
+    "a share of the read by pallas": (
+        {"config": MemoryConfig(read_energy=0.9), "implementation": "pallas"},
+        NotImplementedError,
+        "read_energy=0.9 drops entries of each read, which no kernel does",
+    ),
+    "nothing learned": ({"config": OTHER["learned"]}, ValueError, "learned is not given and the score is 'learned'"),
+    "learned for another": ({"learned": BETA}, ValueError, "learned is given and the score is 'surprise'"),
+    "learned shape": (
+        {"config": OTHER["learned"], "learned": BETA[:, :3]},
+        ValueError,
+        r"learned has shape .* \[B T H\]",
+    ),
     "decay by kernel": (
         {"log_decay": jnp.zeros((B, T, H, 8)), "implementation": "interpret"},
         NotImplementedError,

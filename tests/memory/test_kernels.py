@@ -1,5 +1,6 @@
 """Which implementation runs: what the platform's kernels take, what they refuse and why, and a word in the log."""
 
+import dataclasses
 import logging
 import re
 
@@ -16,6 +17,7 @@ from hola_jax.memory import kernels as choosing
 from hola_jax.memory.kernels import choose, token_kernels
 
 PAPER = memory_work(preset("hola-340m"))
+BY_ATTENTION = dataclasses.replace(preset("hola-340m"), memory=MemoryConfig(score="attention"))
 
 
 def on_tpu(work, asked=None, parts=1):
@@ -86,6 +88,7 @@ NO_KERNEL = {
     "window=0 keeps no cache": PAPER._replace(window=0),
     "not one per key channel": memory_work(preset("kda-340m")),
     "does not write by the delta rule": memory_work(preset("gla-340m")),
+    "score='attention' is made anew at each block's end": memory_work(BY_ATTENTION),
 }
 
 

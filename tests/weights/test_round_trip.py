@@ -20,7 +20,10 @@ HEADS = {"heads": 4, "key_heads": 2, "key_dim": 8, "value_dim": 12}
 MODELS = {
     "hola": small("hola"),
     "hola, unit read, grouped heads": small(
-        "hola", **HEADS, tie_embeddings=False, memory=MemoryConfig(window=3, block=12, chunk=4, read="unit_l2", seed=3)
+        "hola",
+        **HEADS,
+        tie_embeddings=False,
+        memory=MemoryConfig(window=3, block=12, chunk=4, read="unit_l2", seed=3, read_energy=0.9),
     ),
     "gdn": small("gated_deltanet", memory=MemoryConfig(block=64)),
     "gdn, no gate, grouped heads": small(

@@ -1,0 +1,198 @@
+"""The cache of blocks whose pairs are scored anew at each block's end.
+
+Where a score changes while a pair is held, the best W of two runs no longer come from the best W of each: what a block drops
+may have been worth keeping later. So blocks are ranked one after the other, each by what the one before left. As in
+`exact_cache`, that names rows by place alone and no gradient flows through it; the read comes after, for all blocks.
+
+"attention" (H2O) scores a pair by the softmax weights that reads have given it so far. So the scan over blocks makes each
+block's logits once for the choice, and the read makes them again: one product of queries and keys more.
+
+"recall" (LoLA's self-recall error, by HOLA's state) scores a pair by |S' k^ - v|: how wrong S, as it is after the block,
+gives its value back. In HOLA every pair is written to S, held by the cache or not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hola_jax.array_types import Array, Float, Int32
+from hola_jax.memory.align import Piece
+from hola_jax.memory.by_xla import Kept, heads_apart, kept_rows, read_masks, read_rows
+from hola_jax.memory.cache_read import mass_received
+from hola_jax.memory.exact_cache import Rows, best_by_position
+from hola_jax.memory.norms import of_state
+from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
+
+
+class Cache(NamedTuple):
+    """What a block finds."""
+
+    rows: Rows
+    positions: Int32[Array, "B H W"]
+    keys: Float[Array, "B H W K"]
+    values: Float[Array, "B H W V"]
+
+
+class Block(NamedTuple):
+    """The tokens of one block, or of all stacked over blocks."""
+
+    queries: Float[Array, "B C H K"]
+    keys: Float[Array, "B C h K"]
+    values: Float[Array, "B C H V"]
+    own: Int32[Array, "B C"]
+    documents: Int32[Array, "B C"]
+    scores: Float[Array, "B C H"]  # those that the piece finds with the running block
+    positions: Int32[Array, "B C"]
+    places: Int32[Array, "B C"]
+
+
+class Ranked(NamedTuple):
+    """The choice of a piece of n blocks."""
+
+    rows: Rows  # what each block finds, and last what comes after all of them: n + 1
+    scores_now: Float[
+        Array, "n B H W"
+    ]  # of the same rows, after the tokens of the piece that stand in the block; n + 1
+    of_tokens: Float[Array, "B H L"]  # the score of each token at the end of its block, or of the piece
+
+
+def read_blocks(
+    fresh: bool,
+    piece: Piece,
+    scores: Float[Array, "B H L"],
+    positions: Int32[Array, "B L"],
+    whole: Int32[Array, " B"],
+    params: CacheParams,
+    config: MemoryConfig,
+    state: MemoryState,
+    states: Float[Array, "n B H K V"] | None,
+) -> tuple[Float[Array, "B L H V"], Kept, Float[Array, "B H L"]]:
+    """As `by_xla.read_blocks`; and the scores of the tokens, which the running block keeps. "recall" takes the `states`
+    after each block."""
+    still = lax.stop_gradient((piece.queries, piece.keys, piece.values, scores, params, state))
+    queries, keys, values, given, learned, before = still
+    fixed = piece._replace(queries=queries, keys=keys, values=values)
+    ranked = rank(fixed, given, positions, learned, config, before, states)
+    out = read_rows(piece, ranked.rows, params, config, state, fresh)
+    now = ranked.rows._replace(scores=ranked.scores_now)
+    return out, kept_rows(piece, now, positions, whole, config, state, fresh), ranked.of_tokens
+
+
+def rank(
+    piece: Piece,
+    scores: Float[Array, "B H L"],
+    positions: Int32[Array, "B L"],
+    params: CacheParams,
+    config: MemoryConfig,
+    state: MemoryState,
+    states: Float[Array, "n B H K V"] | None,
+) -> Ranked:
+    """The rows that each block finds, and what they are worth."""
+    batch, length, heads = piece.queries.shape[:3]
+    window, block = config.window, config.block
+
+    def by_block(x: Array) -> Array:
+        return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
+
+    places = jnp.broadcast_to(window + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    tokens = (
+        piece.queries,
+        piece.keys,
+        piece.values,
+        piece.own,
+        piece.documents,
+        scores.swapaxes(1, 2),
+        positions,
+        places,
+    )
+    blocks = Block(*map(by_block, tokens))
+    own_places = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), state.cache_scores.shape)
+    rows = Rows(state.document, state.cache_scores, own_places)
+    found = Cache(rows, state.cache_positions, state.cache_keys, state.cache_values)
+
+    def step(cache: Cache, given: tuple[Block, Array | None]) -> tuple[Cache, tuple[Rows, Array, Array]]:
+        block, after = given
+        if config.score == "attention":
+            now = _with_attention(cache, block, params, piece.several)
+            return _merge(cache, block, *now), (cache.rows, *now)
+        assert after is not None
+        anew = _of_state(after, cache, block, params, config)
+        return _merge(cache, block, *anew), (cache.rows, cache.rows.scores, block.scores.swapaxes(1, 2))
+
+    last, (before, now, of_tokens) = lax.scan(step, found, (blocks, states))
+    return Ranked(
+        Rows(*(jnp.concatenate([a, b[None]]) for a, b in zip(before, last.rows, strict=True))),
+        jnp.concatenate([now, last.rows.scores[None]]),
+        of_tokens.transpose(1, 2, 0, 3).reshape(batch, heads, length),
+    )
+
+
+def _with_attention(
+    cache: Cache, block: Block, params: CacheParams, several: bool
+) -> tuple[Float[Array, "B H W"], Float[Array, "B H C"]]:
+    """Scores of the cache's rows and of the block's tokens, and what the block's reads add to them."""
+    batch, tokens, heads, width = block.queries.shape
+    key_heads, filled = block.keys.shape[2], cache.rows.scores > -jnp.inf
+    masks = read_masks(filled, cache.rows.document, block.documents if several else None, key_heads)
+    queries = block.queries.reshape(batch, tokens, key_heads, heads // key_heads, width)
+    sink = params.sink_logit.reshape(key_heads, heads // key_heads)
+    keys = (heads_apart(cache.keys, key_heads), block.keys[:, :, :, None])
+    added = mass_received(queries, *keys, sink, masks, block.own > 0)
+    of_cache, of_block = (x.reshape(batch, heads, -1) for x in added)
+    return cache.rows.scores + of_cache, block.scores.swapaxes(1, 2) + of_block
+
+
+def recall_error(
+    state: Float[Array, "B H K V"],
+    keys: Float[Array, "B H X K"],
+    values: Float[Array, "B H X V"],
+    params: CacheParams,
+    config: MemoryConfig,
+) -> Float[Array, "B H X"]:
+    """|S' k^ - v| of stored pairs; 0 for a head whose S is not finite."""
+    found = jnp.einsum("bhxk,bhkv->bhxv", of_state(keys, params, config), state, precision=lax.Precision.HIGHEST)
+    error = jnp.linalg.norm(found - values.astype(jnp.float32), axis=-1)
+    return jnp.where(jnp.isfinite(error), error, 0.0)
+
+
+def _of_state(
+    state: Float[Array, "B H K V"], cache: Cache, block: Block, params: CacheParams, config: MemoryConfig
+) -> tuple[Float[Array, "B H W"], Float[Array, "B H C"]]:
+    """How wrong the state after the block recalls the cache's rows and the block's tokens."""
+    error = recall_error(state, *_candidates(cache, block), params, config)
+    of_cache, of_block = error[..., : cache.keys.shape[2]], error[..., cache.keys.shape[2] :]
+    return jnp.where(cache.rows.scores > -jnp.inf, of_cache, -jnp.inf), of_block
+
+
+def _candidates(cache: Cache, block: Block) -> tuple[Float[Array, "B H X K"], Float[Array, "B H X V"]]:
+    """Keys and values of the cache's rows and of the block's tokens behind them."""
+    group = block.values.shape[2] // block.keys.shape[2]
+    of_tokens = jnp.repeat(block.keys.swapaxes(1, 2), group, axis=1)
+    keys = jnp.concatenate([cache.keys, of_tokens], axis=2)
+    return keys, jnp.concatenate([cache.values, block.values.swapaxes(1, 2)], axis=2)
+
+
+def _merge(cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block: Float[Array, "B H C"]) -> Cache:
+    """The best rows of the cache and of the block; a document that ended competes no more."""
+    heads, window = of_cache.shape[1:]
+    document = jnp.maximum(cache.rows.document, jnp.max(block.documents, axis=1))
+    of_cache = jnp.where((cache.rows.document == document)[:, None, None], of_cache, -jnp.inf)
+    competes = (block.documents == document[:, None]) & (block.documents > 0)
+    scores = jnp.concatenate([of_cache, jnp.where(competes[:, None], of_block, -jnp.inf)], axis=-1)
+
+    def joined(rows: Array, tokens: Int32[Array, "B C"]) -> Array:
+        tokens = jnp.broadcast_to(tokens[:, None], (tokens.shape[0], heads, tokens.shape[1]))
+        return jnp.concatenate([rows, tokens], axis=-1)
+
+    positions, places = joined(cache.positions, block.positions), joined(cache.rows.places, block.places)
+    best, index = best_by_position(scores, positions, window)
+    take = jax.vmap(jax.vmap(lambda rows, at: rows[at]))
+    return Cache(
+        Rows(document, best, jnp.take_along_axis(places, index, axis=-1)),
+        jnp.take_along_axis(positions, index, axis=-1),
+        *(take(candidates, index) for candidates in _candidates(cache, block)),
+    )
