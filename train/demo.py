@@ -31,9 +31,8 @@ from train.whole import write_whole
 SHOWN = 1024  # tokens of the file on the page
 LEAST = 8  # tokens of a file in which something may be repeated
 ROWS = {"gdn": "Gated DeltaNet", "recency": "HOLA + recency", "hola": "HOLA"}  # run folders, and what they are called
-# Where an exact memory matters within minutes (docs/results.md): a state of 2 heads x 16 x 16 numbers is small for a file,
-# many small steps teach more than few large ones, and a new cache, read behind a gate of sigmoid(-2), does not drown a
-# state that is not scaled down.
+# The most that minutes teach: as small as the studies' models (docs/results.md), many small steps, and a gate and a state
+# that a new cache, whose reads are noise, neither drowns nor waits behind.
 FULL = TrainConfig(
     run="runs/three",
     model=ModelConfig(
@@ -50,7 +49,7 @@ FULL = TrainConfig(
     data=LibraryText(),
     optimizer=OptimizerConfig(peak=3e-3, warmup=100),
     checkpoint=CheckpointConfig(every=500, keep=1, keep_best=0),
-    steps=3000,
+    steps=4000,
     global_batch=2,
     row=512,
     loss_chunk=512,

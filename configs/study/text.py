@@ -1,4 +1,4 @@
-"""Perplexity on the standard library's source, bytes as tokens, and what lets HOLA pass its own backbone."""
+"""Perplexity on the standard library's source, bytes as tokens, and what of the cache's beginning matters."""
 
 import dataclasses
 
