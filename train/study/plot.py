@@ -1,4 +1,4 @@
-"""A plot as a small SVG: a line for each name, the mean over its runs, and a band from the lowest to the highest."""
+"""A plot as a small SVG: a line for each name, the mean over its runs, and a thin one for each of several runs."""
 
 from __future__ import annotations
 
@@ -46,11 +46,15 @@ def svg(curves: dict[str, list[Curve]], x_name: str, y_name: str, *, logarithmic
         parts.append(f'<text x="{LEFT - 6}" y="{float(at) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in sorted({x for x, _ in points}) if logarithmic else ticks(x_low, x_high):
         at = place(x, y_low).split(",")[0]
-        parts.append(f'<text x="{at}" y="{bottom + 18}" text-anchor="middle">{_short(x)}</text>')
+        parts.append(
+            f'<text x="{at}" y="{bottom + 18}" text-anchor="middle">{f"{x:g}" if logarithmic else _short(x)}</text>'
+        )
     for number, (name, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        upper, lower = [place(x, max(ys)) for x, ys in line], [place(x, min(ys)) for x, ys in reversed(line)]
-        parts.append(f'<polygon points="{" ".join(upper + lower)}" fill="{colour}" opacity="0.15"/>')
+        runs = len(curves[name])
+        for run in range(runs if runs > 1 else 0):
+            single = " ".join(place(x, ys[run]) for x, ys in line)
+            parts.append(f'<polyline points="{single}" fill="none" stroke="{colour}" opacity="0.4"/>')
         middle = " ".join(place(x, statistics.mean(ys)) for x, ys in line)
         parts.append(f'<polyline points="{middle}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{right + 10}" y="{TOP + 12 + 18 * number}" fill="{colour}">{escape(name)}</text>')
