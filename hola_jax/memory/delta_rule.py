@@ -30,9 +30,7 @@ Magnitude = Literal["surprise", "residual"]
 
 class DeltaRuleResult(NamedTuple):
     out: Float[Array, "B T H V"]
-    magnitude: (
-        Float[Array, "B T H"] | None
-    )  # beta_t |e_t| or |e_t|, whichever was asked for; no gradient flows through it
+    magnitude: Float[Array, "B T H"] | None  # beta_t |e_t| or |e_t|, whichever was asked for; without gradient
     final: Float[Array, "B H K V"]
     states: Float[Array, "n B H K V"] | None = None  # after each `every` tokens, where asked for; without gradient
 

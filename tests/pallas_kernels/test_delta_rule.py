@@ -45,8 +45,8 @@ def gradient_of(run):
 
     def loss(arrays, options):
         *tokens, initial = arrays
-        out, _, final = run(*tokens, scale=SCALE, initial=initial, **options)
-        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.tanh(final))
+        found = run(*tokens, scale=SCALE, initial=initial, **options)
+        return jnp.sum(jnp.sin(found.out.astype(jnp.float32))) + jnp.sum(jnp.tanh(found.final))
 
     return jax.jit(jax.grad(loss))
 

@@ -73,7 +73,7 @@ def test_a_study_runs_measures_and_goes_on_with_what_is_left(tmp_path, capsys, o
     asked = dict(results=str(tmp_path / "results"), runs=str(tmp_path / "runs"), page=str(tmp_path / "page.md"))
     write_result(folder, Cell("hola", 1), made_up(study, Cell("hola", 1)))
     RunStudy((file,), only=("plain",), seeds=(0,), **asked).run()
-    assert "2 of 4 runs are left: plain.1, hola.0" in capsys.readouterr().out
+    assert "2 of 4 runs are left: hola.0, plain.1" in capsys.readouterr().out
     result = json.loads((folder / "plain.0.json").read_text())
     assert result["measures"]["hits"]["tokens"] == 5 and result["measures"]["perplexity"]["tokens"] == 3
     assert [tokens for tokens, _ in result["curve"]] == [64, 128] and result["parameters"] > 1000
