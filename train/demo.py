@@ -49,7 +49,7 @@ FULL = TrainConfig(
     data=LibraryText(),
     optimizer=OptimizerConfig(peak=3e-3, warmup=100),
     checkpoint=CheckpointConfig(every=500, keep=1, keep_best=0),
-    steps=4000,
+    steps=3000,
     global_batch=2,
     row=512,
     loss_chunk=512,
