@@ -36,7 +36,17 @@ CHECKED = [
     "piece",
     "poison",
 ]
-CHECKED += ["learned", "reference", "reference_linear", "rescored", "scan", "token", "triangular"]
+CHECKED += [
+    "learned",
+    "lola",
+    "reference",
+    "reference_linear",
+    "reference_lola",
+    "rescored",
+    "scan",
+    "token",
+    "triangular",
+]
 _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "beartype.beartype")
 
 

@@ -2,8 +2,8 @@
 
 from hola_jax.memory.hola import hola_memory
 from hola_jax.memory.linear import LinearState, init_linear_state, linear_memory
-from hola_jax.memory.lola import init_lola_state, lola_memory
-from hola_jax.memory.reference_lola import LolaParams, LolaState
+from hola_jax.memory.lola import lola_memory
+from hola_jax.memory.lola_state import LolaParams, LolaState, init_lola_state
 from hola_jax.memory.slots import SlotState, init_slot_state, slot_memory
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState, cached_positions, init_state
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Bool, Float, Int, Int32
 from hola_jax.memory import kernels, poison, validate
@@ -30,40 +29,11 @@ from hola_jax.memory.decay import document_before
 from hola_jax.memory.delta_rule import HIGHEST
 from hola_jax.memory.exact_cache import best_by_position
 from hola_jax.memory.linear import documents_of
-from hola_jax.memory.reference_lola import LEAST_FEATURE, LEAST_MASS, LolaParams, LolaState, lola_reference
+from hola_jax.memory.lola_state import LEAST_FEATURE, LEAST_MASS, LolaParams, LolaState, init_lola_state
+from hola_jax.memory.reference_lola import lola_reference
 from hola_jax.memory.state import EMPTY, MemoryConfig
 
 ONLY_XLA = "LoLA scores its pairs anew at each block's end, which no kernel does"
-
-
-def init_lola_state(
-    config: MemoryConfig,
-    batch: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    feature_dim: int,
-    dtype: DTypeLike = jnp.float32,
-) -> LolaState:
-    """The memory of an empty prefix; `dtype` is that of the exact keys and values (H and s are float32)."""
-    features = 2 * feature_dim
-
-    def zeros(*shape: int, dtype: DTypeLike = dtype) -> Array:
-        return jnp.zeros((batch, *shape), dtype)
-
-    return LolaState(
-        associations=zeros(heads, features, value_dim, dtype=jnp.float32),
-        mass=zeros(heads, features, dtype=jnp.float32),
-        cache_keys=zeros(heads, config.window, key_dim),
-        cache_values=zeros(heads, config.window, value_dim),
-        cache_positions=jnp.full((batch, heads, config.window), EMPTY, jnp.int32),
-        block_keys=zeros(heads, config.block, key_dim),
-        block_values=zeros(heads, config.block, value_dim),
-        position=zeros(dtype=jnp.int32),
-        document=zeros(dtype=jnp.int32),
-        document_start=zeros(dtype=jnp.int32),
-        spoilt=zeros(heads, dtype=jnp.bool_),
-    )
 
 
 def lola_memory(
@@ -130,8 +100,8 @@ class Held(NamedTuple):
     """What a block finds of the pairs before it; all of them are of one document."""
 
     document: Int32[Array, " B"]
-    associations: Float[Array, "B H 2F V"]
-    mass: Float[Array, "B H 2F"]
+    associations: Float[Array, "B H E V"]
+    mass: Float[Array, "B H E"]
     keys: Float[Array, "B H W K"]
     values: Float[Array, "B H W V"]
     positions: Int32[Array, "B H W"]
@@ -144,7 +114,7 @@ class Block(NamedTuple):
     positions: Int32[Array, "B C"]
 
 
-def features(x: Float[Array, "B H X K"], weights: Float[Array, "H K F"]) -> Float[Array, "B H X 2F"]:
+def features(x: Float[Array, "B H X K"], weights: Float[Array, "H K F"]) -> Float[Array, "B H X E"]:
     """phi(x) = [softmax(x W), softmax(-x W)]."""
     z = jnp.einsum("bhxk,hkf->bhxf", x.astype(jnp.float32), weights.astype(jnp.float32), precision=HIGHEST)
     both = jnp.concatenate([jax.nn.softmax(z, axis=-1), jax.nn.softmax(-z, axis=-1)], axis=-1)
@@ -194,10 +164,10 @@ def _merge(held: Held, block: Block, params: LolaParams) -> Held:
 
 
 def _self_recall_error(
-    phi: Float[Array, "B H X 2F"],
+    phi: Float[Array, "B H X E"],
     values: Float[Array, "B H X V"],
-    associations: Float[Array, "B H 2F V"],
-    mass: Float[Array, "B H 2F"],
+    associations: Float[Array, "B H E V"],
+    mass: Float[Array, "B H E"],
 ) -> Float[Array, "B H X"]:
     found = jnp.einsum("bhxf,bhfv->bhxv", phi, associations, precision=HIGHEST)
     share = jnp.einsum("bhxf,bhf->bhx", phi, mass, precision=HIGHEST) + LEAST_MASS

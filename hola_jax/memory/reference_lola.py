@@ -12,45 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hola_jax.array_types import Array, Bool, Float, Int, Int32
+from hola_jax.array_types import Array, Float, Int
+from hola_jax.memory.lola_state import LEAST_FEATURE, LEAST_MASS, LolaParams, LolaState
 from hola_jax.memory.state import EMPTY, MemoryConfig
-
-LEAST_FEATURE = 1e-12  # below which no feature falls
-LEAST_MASS = 1e-6  # added to what is divided by
-
-
-class LolaParams(NamedTuple):
-    """What the memory learns."""
-
-    query_features: Float[Array, "H K F"]
-    key_features: Float[Array, "H K F"]
-    mix_logit: Float[Array, " H"]  # w = sigmoid of it: the weight of exact pairs, 1 - w that of absorbed ones
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LolaState:
-    """All that a layer remembers of a prefix; its size does not depend on how long the prefix was.
-
-    A token of the running block is visible while its position is at least `document_start`; the rest is the last document's.
-    """
-
-    associations: Float[Array, "B H 2F V"]  # H, float32: of all pairs of the document that are not exact any more
-    mass: Float[Array, "B H 2F"]  # s, float32
-    cache_keys: Float[Array, "B H W K"]  # best score first
-    cache_values: Float[Array, "B H W V"]
-    cache_positions: Int32[Array, "B H W"]  # EMPTY where a row is empty
-    block_keys: Float[Array, "B H C K"]
-    block_values: Float[Array, "B H C V"]
-    position: Int32[Array, " B"]  # real tokens seen so far
-    document: Int32[Array, " B"]  # segment id of the last real token; 0 before any
-    document_start: Int32[Array, " B"]  # position at which that document began
-    spoilt: Bool[Array, "B H"]  # whether that document held NaN or inf, which all the others lack
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays together."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
 class Head(NamedTuple):
@@ -75,7 +39,7 @@ class Token(NamedTuple):
     document: Array
 
 
-def _phi(x: Float[Array, " K"], weights: Float[Array, "K F"]) -> Float[Array, " 2F"]:
+def _phi(x: Float[Array, " K"], weights: Float[Array, "K F"]) -> Float[Array, " E"]:
     z = x.astype(jnp.float32) @ weights  # phi(x) = [softmax(x W), softmax(-x W)]
     return jnp.maximum(jnp.concatenate([jax.nn.softmax(z), jax.nn.softmax(-z)]), LEAST_FEATURE)
 

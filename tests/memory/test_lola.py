@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hola_jax.memory import LolaParams, LolaState, MemoryConfig, init_lola_state, lola_memory
+from hola_jax.memory.lola import document_positions
 
 B, T, H, K, V, F = 2, 29, 2, 4, 6, 3
 CONFIG = MemoryConfig(window=3, block=5, chunk=5)
@@ -187,6 +188,13 @@ def test_a_spoilt_document_stays_spoilt_and_the_next_is_not() -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
     one = jax.tree.map(lambda x: x[:, :1], tokens_of())
     assert np.isnan(memory(one, None, after)[0]).all(-1)[:, 0].tolist() == [[True, False], [False, False]]
+
+
+def test_positions_are_those_in_the_document() -> None:
+    state = begun(document=2)  # of 19 and of 17 tokens
+    ids = jnp.asarray([[0, 2, 2, 0, 3, 3, 0, 4], [3, 3, 3, 0, 0, 5, 5, 5]], jnp.int32)
+    found = np.asarray(document_positions(ids, state))
+    assert found[0, ids[0] > 0].tolist() == [19, 20, 0, 1, 0] and found[1, ids[1] > 0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 REFUSED = {
