@@ -174,6 +174,12 @@ def _self_recall_error(
     return jnp.linalg.norm(found / share[..., None] - values.astype(jnp.float32), axis=-1)
 
 
+def _of_stored(spec: str, stored: Array, other: Array) -> Array:
+    """A product in the type of the stored rows, accumulated in float32."""
+    other = other.astype(stored.dtype)
+    return jnp.einsum(spec, stored, other, precision=HIGHEST, preferred_element_type=jnp.float32)
+
+
 def _read(
     queries: Float[Array, "B H Q K"],
     documents: Int[Array, "B Q"],
@@ -183,21 +189,20 @@ def _read(
     params: LolaParams,
 ) -> Float[Array, "B H Q V"]:
     """The three stores under one normaliser, float32; `seen` of the block."""
-    queries = queries.astype(jnp.float32)
-    keys = jnp.concatenate([held.keys, block.keys], axis=2).astype(jnp.float32)
-    values = jnp.concatenate([held.values, block.values], axis=2).astype(jnp.float32)
     continues = documents == held.document[:, None]
     cached = (held.positions != EMPTY)[:, :, None] & continues[:, None, :, None]
     in_block = jnp.broadcast_to(seen[:, None], (*cached.shape[:3], seen.shape[2]))
-    logits = jnp.einsum("bhqk,bhxk->bhqx", queries, keys, precision=HIGHEST) * queries.shape[-1] ** -0.5
-    logits = jnp.where(jnp.concatenate([cached, in_block], axis=-1), logits, -jnp.inf)
+    stores = ((held.keys, cached), (block.keys, in_block))
+    logits = [jnp.where(mask, _of_stored("bhxk,bhqk->bhqx", keys, queries), -jnp.inf) for keys, mask in stores]
+    logits = jnp.concatenate(logits, axis=-1) * queries.shape[-1] ** -0.5
     # All is times e^-shift, above and below: the absorbed pairs' part and the 1e-6, too. Below 0 it could overflow there.
     shift = lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), 0.0))
     mix = jax.nn.sigmoid(params.mix_logit.astype(jnp.float32))[:, None, None]
     exact = mix * jnp.exp(logits - shift)
     absorbed = (1 - mix) * jnp.exp(-shift) * features(queries, params.query_features)
     absorbed = jnp.where(continues[:, None, :, None], absorbed, 0.0)
-    above = jnp.einsum("bhqx,bhxv->bhqv", exact, values, precision=HIGHEST)
+    of_cache, of_block = jnp.split(exact, [held.keys.shape[2]], axis=-1)
+    above = _of_stored("bhxv,bhqx->bhqv", held.values, of_cache) + _of_stored("bhxv,bhqx->bhqv", block.values, of_block)
     above = above + jnp.einsum("bhqf,bhfv->bhqv", absorbed, held.associations, precision=HIGHEST)
     below = jnp.sum(exact, axis=-1) + jnp.einsum("bhqf,bhf->bhq", absorbed, held.mass, precision=HIGHEST)
     return above / (below[..., None] + LEAST_MASS * jnp.exp(-shift))
