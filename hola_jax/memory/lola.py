@@ -147,10 +147,14 @@ def _merge(held: Held, block: Block, params: LolaParams) -> Held:
     values = jnp.concatenate([held.values, block.values], axis=2)
     phi = features(keys, params.key_features)
     error = _self_recall_error(*lax.stop_gradient((phi, values, held.associations, held.mass)))
-    best, index = best_by_position(jnp.where(competes, error, -jnp.inf), positions, window)
-    filled = best > -jnp.inf
-    stays = jnp.put_along_axis(jnp.zeros_like(competes), index, filled, axis=-1, inplace=False)
-    absorbed = jnp.where((competes & ~stays)[..., None], phi, 0.0)
+    scores = jnp.where(competes, error, -jnp.inf)
+    best, index = best_by_position(scores, positions, window)
+    filled, kept_positions = best > -jnp.inf, jnp.take_along_axis(positions, index, axis=-1)
+    leaves = competes
+    if window:  # behind the last that stays: by comparison, for a scatter does not divide over the devices of a mesh
+        least, last = best[..., -1:], kept_positions[..., -1:]
+        leaves = leaves & ((scores < least) | ((scores == least) & (positions > last)))
+    absorbed = jnp.where(leaves[..., None], phi, 0.0)
     take = jax.vmap(jax.vmap(lambda rows, at: rows[at]))
     written = jnp.einsum("bhxf,bhxv->bhfv", absorbed, values.astype(jnp.float32), precision=HIGHEST)
     return Held(
@@ -159,7 +163,7 @@ def _merge(held: Held, block: Block, params: LolaParams) -> Held:
         held.mass + jnp.sum(absorbed, axis=2),
         jnp.where(filled[..., None], take(keys, index), 0),
         jnp.where(filled[..., None], take(values, index), 0),
-        jnp.where(filled, take(positions, index), EMPTY),
+        jnp.where(filled, kept_positions, EMPTY),
     )
 
 
@@ -171,7 +175,8 @@ def _self_recall_error(
 ) -> Float[Array, "B H X"]:
     found = jnp.einsum("bhxf,bhfv->bhxv", phi, associations, precision=HIGHEST)
     share = jnp.einsum("bhxf,bhf->bhx", phi, mass, precision=HIGHEST) + LEAST_MASS
-    return jnp.linalg.norm(found / share[..., None] - values.astype(jnp.float32), axis=-1)
+    error = jnp.linalg.norm(found / share[..., None] - values.astype(jnp.float32), axis=-1)
+    return jnp.where(jnp.isfinite(error), error, 0.0)
 
 
 def _of_stored(spec: str, stored: Array, other: Array) -> Array:

@@ -153,6 +153,14 @@ def test_every_pair_is_in_one_store() -> None:
     assert list(pairs[:, 0]) == [11, 5] and (absorbed[0] > 0).all()
 
 
+def test_of_equals_the_earlier_stay() -> None:
+    """Values of zero are recalled without error."""
+    tokens = tokens_of()
+    _, state = memory(tokens | {"v": jnp.zeros_like(tokens["v"])}, None, None)
+    np.testing.assert_array_equal(state.cache_positions, jnp.broadcast_to(jnp.arange(3), (B, H, 3)))
+    np.testing.assert_allclose(jnp.sum(state.mass, axis=2) / 2, 22, rtol=1e-5)  # of the 25 in complete blocks
+
+
 @pytest.mark.parametrize("factor", [1.0, 300.0])
 def test_where_all_pairs_are_exact_it_is_softmax_attention(factor: float) -> None:
     tokens = tokens_of()
