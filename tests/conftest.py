@@ -36,17 +36,8 @@ CHECKED = [
     "piece",
     "poison",
 ]
-CHECKED += [
-    "learned",
-    "lola",
-    "reference",
-    "reference_linear",
-    "reference_lola",
-    "rescored",
-    "scan",
-    "token",
-    "triangular",
-]
+CHECKED += ["learned", "reference", "reference_linear", "rescored", "scan", "token", "triangular"]
+CHECKED += ["lola", "lola_stores", "reference_lola"]
 _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "beartype.beartype")
 
 

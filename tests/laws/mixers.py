@@ -18,17 +18,7 @@ def small(mixer: str, **fields: object) -> ModelConfig:
     mixer = "hola" if mixer in BY_SCORE else mixer
     if mixer in BY_KERNELS:
         mixer, fields = mixer.removesuffix(" by kernels"), {"implementation": "interpret", **fields}
-    sizes = dict(
-        vocab_size=31,
-        dim=32,
-        layers=2,
-        heads=2,
-        key_dim=8,
-        value_dim=8,
-        slots=4,
-        mlp_dim=32,
-        decay_rank=4,
-        feature_dim=4,
-    )
+    sizes = dict(vocab_size=31, dim=32, layers=2, heads=2, key_dim=8, value_dim=8, slots=4, mlp_dim=32, decay_rank=4)
+    sizes["feature_dim"] = 4
     memory = MemoryConfig(window=3, block=8, chunk=4, score=score)
     return ModelConfig(**{**sizes, "mixer": mixer, "memory": memory, "max_length": 16, "dtype": "float32", **fields})
