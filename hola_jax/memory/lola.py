@@ -15,6 +15,7 @@ flow through H, s and the exact pairs, none through the choice.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -131,14 +132,12 @@ def _piece(
         number, block = numbered
         return select(number < whole, merge(held, block, params), held), held
 
-    @jax.checkpoint  # logits are made again backward: all of them would be W + C numbers a token and head
+    # Logits are made again backward: all of them would be W + C numbers a token and head.
+    @partial(jax.checkpoint, prevent_cse=False)
     def read_block(given: tuple[Array, Array, Block, Held]) -> Array:
         queries, own, block, held = given
-        seen = (
-            (own[:, :, None] == block.documents[:, None])
-            & (own > 0)[..., None]
-            & jnp.tril(jnp.ones((size, size), bool))
-        )
+        causal = jnp.tril(jnp.ones((size, size), bool))
+        seen = (own[:, :, None] == block.documents[:, None]) & (own > 0)[..., None] & causal
 
         def of_tile(tile: slice) -> Array:  # the block as far as the tile's last query sees it
             visible = block._replace(keys=block.keys[:, :, : tile.stop], values=block.values[:, :, : tile.stop])
@@ -147,7 +146,7 @@ def _piece(
         return jnp.concatenate([of_tile(tile) for tile in query_tiles(size)], axis=2)
 
     numbers = jnp.arange(length // size)
-    last, found = lax.scan(jax.checkpoint(step), _held(state), (numbers, blocks))
+    last, found = lax.scan(jax.checkpoint(step, prevent_cse=False), _held(state), (numbers, blocks))
     out = lax.map(read_block, (by_block(q), by_block(own), blocks, found))
     out = jnp.where(own[..., None, None] > 0, out.transpose(1, 0, 3, 2, 4).reshape(batch, length, heads, -1), 0.0)
     return to_tokens(out, alignment), _state_after(last, blocks, own, whole, count, state)
