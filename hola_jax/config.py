@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from hola_jax.memory import MemoryConfig
 from hola_jax.memory.kernels import Implementation, Work
+from hola_jax.memory.lola import ONLY_XLA as LOLA_ONLY_XLA
 
 __all__ = ["MemoryConfig", "ModelConfig", "flops_per_token", "memory_work", "parameter_count", "unknown_name"]
 
-Mixer = Literal["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "transformer"]
+Mixer = Literal["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "lola", "transformer"]
 Remat = Literal["none", "full", "dots"]
 DType = Literal["bfloat16", "float32"]
 Residual = Literal["plain", "attention", "block_attention"]
@@ -47,12 +48,13 @@ class ModelConfig:
     heads, key_heads      H value heads; h key heads, which divide them (None: as many)
     key_dim, value_dim    K, V of one head; None is D / H, and for the keys of GLA half of that
     mixer                 what mixes the tokens
-    memory                how "hola" remembers; the other linear mixers use its chunk and scan
+    memory                how "hola" remembers; "lola" uses its window and block, the other linear mixers its chunk and scan
     output_gate           whether the mixer's output is gated by a projection of its input
     conv_width            of the causal depthwise convolution on q, k and v of the delta-rule mixers
     negative_eigenvalues  beta in (0, 2) in place of (0, 1)
     gate_init, read_init  of HOLA, at the beginning: the gate's logit, and both scales of the sharp read
     slots, decay_rank     slots per head of GSA; rank of GLA's decay projection
+    feature_dim           F, of LoLA's linear attention: features are a softmax over F numbers and one over their negatives
     mlp_dim               inner width of the SwiGLU; None is 8 D / 3, rounded up to a multiple of 256
     residual              how sub-layers are joined over depth (docs/depth.md): "plain" sums; "attention" reads all earlier
                           outputs, "block_attention" the sums of blocks of layers
@@ -84,6 +86,7 @@ class ModelConfig:
     read_init: float = 1.0
     slots: int = 64
     decay_rank: int = 16
+    feature_dim: int = 64
     mlp_dim: int | None = None
     residual: Residual = "plain"
     residual_blocks: int | None = None
@@ -109,7 +112,17 @@ class ModelConfig:
         if self.implementation is not None and self.implementation not in get_args(Implementation):
             names = ("None", *get_args(Implementation))
             raise unknown_name("ModelConfig.implementation", self.implementation, names)
-        counts = ("vocab_size", "dim", "layers", "heads", "conv_width", "slots", "decay_rank", "max_length")
+        counts = (
+            "vocab_size",
+            "dim",
+            "layers",
+            "heads",
+            "conv_width",
+            "slots",
+            "decay_rank",
+            "feature_dim",
+            "max_length",
+        )
         optional = ("key_heads", "key_dim", "value_dim", "mlp_dim", "residual_blocks")
         for name in (*counts, *optional):
             value = getattr(self, name)
@@ -149,18 +162,16 @@ class ModelConfig:
             )
         if self.heads % self.key_head_count:
             raise ValueError(f"ModelConfig.key_heads={self.key_heads} does not divide heads={self.heads}")
-        if self.mixer == "gsa" and self.key_head_count != self.heads:
-            raise ValueError(f"ModelConfig.key_heads={self.key_heads}: GSA has one key head per head, {self.heads}")
-        if self.mixer == "transformer":
-            if self.key_width % 2:
-                raise ValueError(
-                    f"ModelConfig.key_dim={self.key_width} is odd; rotary positions need pairs of channels"
-                )
-            if self.key_width != self.value_width:
-                raise ValueError(
-                    f"ModelConfig.value_dim={self.value_width} differs from key_dim={self.key_width}; "
-                    "jax.nn.dot_product_attention needs them equal"
-                )
+        if self.mixer in ("gsa", "lola") and self.key_head_count != self.heads:
+            name = {"gsa": "GSA", "lola": "LoLA"}[self.mixer]
+            raise ValueError(f"ModelConfig.key_heads={self.key_heads}: {name} has one key head per head, {self.heads}")
+        if self.mixer in ("lola", "transformer") and self.key_width % 2:
+            raise ValueError(f"ModelConfig.key_dim={self.key_width} is odd; rotary positions need pairs of channels")
+        if self.mixer == "transformer" and self.key_width != self.value_width:
+            raise ValueError(
+                f"ModelConfig.value_dim={self.value_width} differs from key_dim={self.key_width}; "
+                "jax.nn.dot_product_attention needs them equal"
+            )
 
     @property
     def key_head_count(self) -> int:
@@ -220,6 +231,8 @@ def _mixer_parameters(config: ModelConfig) -> int:
         return count + (2 * width if config.qk_norm == "heads" else 0)
     if config.mixer == "gsa":
         return count + dim * heads * config.slots + total
+    if config.mixer == "lola":
+        return count + 2 * heads * width * config.feature_dim + heads
     if config.mixer == "gla":
         rank = config.decay_rank
         return count + gate + values + dim * rank + (rank + 1) * heads * width
@@ -262,7 +275,14 @@ def _memory_flops(config: ModelConfig, context: int) -> float:
     heads, width, values = config.heads, config.key_width, config.value_width
     if config.mixer == "transformer":
         return heads * (width + values) * (context + 1)  # 2 operations, half of the context on average
-    chunk = min(config.memory.chunk, context)
+    memory, chunk = config.memory, min(config.memory.chunk, context)
+    exact = (
+        2 * min(context, memory.window + (memory.block + 1) / 2) * (width + values)
+    )  # a read of cache and running block
+    if config.mixer == "lola":
+        features, scored = 2 * config.feature_dim, 1 + memory.window / memory.block  # pairs scored, for one token
+        of_keys = (scored - 1) * width * features  # what is made again: once is in the parameters' count
+        return heads * (exact + of_keys + 2 * features * (values + 1) * (1 + 2 * scored))
 
     def linear(key_dim: int, value_dim: int, delta: bool) -> float:
         flops = 2 * chunk * (key_dim + value_dim) + 4 * key_dim * value_dim  # q k', its use; read and write of S
@@ -273,11 +293,7 @@ def _memory_flops(config: ModelConfig, context: int) -> float:
     if config.mixer == "gsa":
         return heads * (linear(width, config.slots, False) + linear(config.slots, values, False))
     flops = linear(width, values, config.mixer in DELTA_MIXERS)
-    if config.mixer == "hola":
-        memory = config.memory
-        visible = min(context, memory.window + (memory.block + 1) / 2)
-        flops += 2 * visible * (width + values)
-    return heads * flops
+    return heads * (flops + (exact if config.mixer == "hola" else 0))
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:
@@ -296,6 +312,8 @@ def memory_work(config: ModelConfig) -> Work | None:
         return None
     sizes = (config.heads, config.key_head_count, config.key_width, config.value_width, (config.dtype,) * 3)
     work = Work(*sizes, config.mixer in DELTA_MIXERS, config.mixer == "kda")
+    if config.mixer == "lola":
+        return work._replace(only_xla=LOLA_ONLY_XLA, rescored=True)
     if config.mixer != "hola":
         return work
     memory = config.memory

@@ -38,6 +38,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "kda": {"mixer": "kda"},
     "gla": {"mixer": "gla"},
     "gsa": {"mixer": "gsa"},
+    "lola": {"mixer": "lola"},
     "transformer": {"mixer": "transformer", "head_width": 64},
 }
 

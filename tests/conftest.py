@@ -37,6 +37,7 @@ CHECKED = [
     "poison",
 ]
 CHECKED += ["learned", "reference", "reference_linear", "rescored", "scan", "token", "triangular"]
+CHECKED += ["lola", "lola_stores", "reference_lola"]
 _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "beartype.beartype")
 
 

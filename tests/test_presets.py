@@ -32,7 +32,7 @@ def test_names_count_parameters_without_the_embedding(scale: str, millions: floa
     assert round(parameter_count(preset(f"gdn-{scale}"))["non_embedding"] / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("row", ["transformer", "deltanet", "kda", "gla", "gsa"])
+@pytest.mark.parametrize("row", ["transformer", "deltanet", "kda", "gla", "gsa", "lola"])
 def test_the_rows_of_a_scale_are_of_one_size(row: str) -> None:
     total = parameter_count(preset(f"{row}-340m"))["total"]
     assert abs(total / 350e6 - 1) < 0.05
@@ -58,7 +58,7 @@ def test_an_unknown_preset_is_told_the_right_one() -> None:
 
 
 def test_only_the_transformer_pays_for_length() -> None:
-    for name in ("hola-340m", "gdn-340m", "gsa-340m"):
+    for name in ("hola-340m", "gdn-340m", "gsa-340m", "lola-340m"):
         config = preset(name)
         assert state_bytes(config) == state_bytes(dataclasses.replace(config, max_length=2**20))
     transformer = preset("transformer-340m")

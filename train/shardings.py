@@ -30,7 +30,7 @@ Specs = Any  # a tree like the parameters, of PartitionSpec
 class ShardingTable:
     """A name ends in the tensor's shape: N layers, D width, E vocabulary, F inside of the MLP, X channels of all heads,
     H heads, K channels of one head, R rank, W taps of a convolution, B rows, T tokens, C and G channels of one head before
-    and after it."""
+    and after it. In features_nhkf, F is the features of one head."""
 
     embedding_ed: P = P("tensor", "fsdp")
     unembedding_de: P = P("fsdp", "tensor")
@@ -45,6 +45,7 @@ class ShardingTable:
     convolution_nwhcg: P = P(None, None, "tensor", "fsdp", None)
     of_head_nhc: P = P(None, "tensor", None)
     of_head_nh: P = P(None, "tensor")
+    features_nhkf: P = P(None, "tensor", "fsdp", None)
     of_channel_nk: P = P(None, None)
     into_mlp_ndf: P = P(None, "fsdp", "tensor")
     from_mlp_nfd: P = P(None, "tensor", "fsdp")
@@ -92,6 +93,8 @@ CLASSES = {
     "blocks.mixer.retention.conv*.kernel": "convolution_nwhcg",
     "blocks.mixer.retention.weight": "of_head_nhc",
     "blocks.mixer.retention.bias": "of_head_nh",
+    "blocks.mixer.*_features.kernel": "features_nhkf",
+    "blocks.mixer.mix_logit": "of_head_nh",
 }
 
 

@@ -14,8 +14,9 @@ from hola_jax.layers.gla import GLA
 from hola_jax.layers.gsa import GSA
 from hola_jax.layers.hola import HOLA
 from hola_jax.layers.kda import KDA
+from hola_jax.layers.lola import LoLA
 
-__all__ = ["GLA", "GSA", "HOLA", "KDA", "MIXERS", "Attention", "DeltaNet", "GatedDeltaNet"]
+__all__ = ["GLA", "GSA", "HOLA", "KDA", "MIXERS", "Attention", "DeltaNet", "GatedDeltaNet", "LoLA"]
 
 MIXERS: dict[str, Any] = {
     "hola": HOLA,
@@ -24,5 +25,6 @@ MIXERS: dict[str, Any] = {
     "kda": KDA,
     "gla": GLA,
     "gsa": GSA,
+    "lola": LoLA,
     "transformer": Attention,
 }

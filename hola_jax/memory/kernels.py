@@ -170,7 +170,7 @@ def choose(
     if work.rescored and sequence_axis is not None:
         raise NotImplementedError(
             f"{work.only_xla}: what a block finds depends on all the blocks before it, so they cannot be divided over mesh "
-            f"axis {sequence_axis!r}; divide the batch or the heads, or take a score that is fixed when a token is written"
+            f"axis {sequence_axis!r}; divide the batch or the heads, or take a memory whose scores stay as they were written"
         )
     if asked in ("reference", "xla"):
         return Choice(asked, "asked for")

@@ -2,7 +2,7 @@
 
 from hola_jax.config import MemoryConfig, ModelConfig
 
-MIXERS = ["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "transformer"]
+MIXERS = ["hola", "gated_deltanet", "deltanet", "kda", "gla", "gsa", "lola", "transformer"]
 
 TOKENS = 13  # a multiple of neither the block nor the chunk
 # The programs of a TPU's kernels, by the interpreter, where a mixer has some: with how many tokens, so that there are two
@@ -19,5 +19,6 @@ def small(mixer: str, **fields: object) -> ModelConfig:
     if mixer in BY_KERNELS:
         mixer, fields = mixer.removesuffix(" by kernels"), {"implementation": "interpret", **fields}
     sizes = dict(vocab_size=31, dim=32, layers=2, heads=2, key_dim=8, value_dim=8, slots=4, mlp_dim=32, decay_rank=4)
+    sizes["feature_dim"] = 4
     memory = MemoryConfig(window=3, block=8, chunk=4, score=score)
     return ModelConfig(**{**sizes, "mixer": mixer, "memory": memory, "max_length": 16, "dtype": "float32", **fields})

@@ -30,7 +30,9 @@ SHAPES = {
 ALL_CUT = "fsdp 2, tensor 2, sequence 2"  # of which HOLA's are the two tests behind: by kernels, and in microbatches
 CASES = [("hola", shape) for shape in SHAPES if shape != ALL_CUT]
 # A batch in parts is the same for all. Gated DeltaNet's layer is HOLA's less the cache, and its memory DeltaNet's.
-CASES += [(mixer, ALL_CUT) for mixer in MIXERS if mixer not in ("hola", "gated_deltanet")]
+# LoLA's sequence cannot be cut.
+CASES += [(mixer, ALL_CUT) for mixer in MIXERS if mixer not in ("hola", "gated_deltanet", "lola")]
+CASES += [("lola", "data 2, fsdp 2, tensor 2")]
 
 
 @functools.cache
@@ -81,6 +83,14 @@ def test_kernels_on_a_mesh_give_the_losses_of_one_device():
     assert train.layout.choice.name == "interpret" and "asked for; state and cache in two" in train.layout.choice.why
     got = [metrics["loss"] for metrics in trace(train, train.lower(ROWS, TOKENS).compile(), steps=5)[0]]
     np.testing.assert_allclose(got, expected("hola")[:5], rtol=TOLERANCE)
+
+
+def test_a_sequence_cut_over_devices_is_refused_where_blocks_need_those_before():
+    train = training(SHAPES[ALL_CUT], "lola")
+    with pytest.raises(
+        NotImplementedError, match=r"LoLA scores its pairs anew .* mesh axis 'sequence'; divide the batch"
+    ):
+        train.lower(ROWS, TOKENS)
 
 
 def test_a_mesh_whose_tensor_axis_does_not_divide_the_heads_is_refused_where_kernels_are_asked_for():
