@@ -152,7 +152,7 @@ def test_who_goes_away_frees_the_slot(served: Served, monkeypatch: pytest.Monkey
         "POST", served.url + "/v1/completions", json=endless, headers={"Authorization": f"Bearer {KEY}"}
     ) as r:
         next(r.iter_lines())
-        assert served.batcher.active == 1
+        until(lambda: served.batcher.active == 1)
     until(lambda: served.batcher.active == 0)
     with pytest.raises(httpx.ReadTimeout):
         headers = {"Authorization": f"Bearer {KEY}"}
