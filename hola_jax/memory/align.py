@@ -6,7 +6,7 @@ The result is T + C - 1 long at most, whatever the rows' positions are, so shape
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,28 @@ def to_places(x: Array, alignment: Alignment) -> Array:
 
 def to_tokens(x: Array, alignment: Alignment) -> Array:
     return move(x, alignment.place_of_token, alignment.token_at_place)
+
+
+def behind_running_block(
+    keys: Float[Array, "B L h K"],
+    values: Float[Array, "B L H V"],
+    documents: Int32[Array, "B L"],
+    state: Any,
+    fill: Int32[Array, " B"],
+) -> tuple[Float[Array, "B L h K"], Float[Array, "B L H V"], Int32[Array, "B L"]]:
+    """The pairs of the running block in the `fill` places in front, and their documents: 0 where nobody sees them again.
+    `state` is that of any memory with a running block."""
+    length = documents.shape[1]
+    place = jnp.arange(length, dtype=jnp.int32)
+    occupied = place < fill[:, None]
+    tail = [(0, 0), (0, length - state.block_keys.shape[2]), (0, 0), (0, 0)]
+    running_keys, running_values = (jnp.pad(x.swapaxes(1, 2), tail) for x in (state.block_keys, state.block_values))
+    alive = (state.position - fill)[:, None] + place >= state.document_start[:, None]
+    return (
+        jnp.where(occupied[..., None, None], running_keys, keys),
+        jnp.where(occupied[..., None, None], running_values, values),
+        jnp.where(occupied, jnp.where(alive, state.document[:, None], 0), documents),
+    )
 
 
 def gather_rows(

@@ -24,14 +24,14 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float, Int, Int32
 from hola_jax.memory import kernels, poison, validate
-from hola_jax.memory.align import align, to_places, to_tokens
+from hola_jax.memory.align import align, behind_running_block, to_places, to_tokens
 from hola_jax.memory.cache_read import query_tiles
 from hola_jax.memory.decay import document_before
 from hola_jax.memory.linear import documents_of
 from hola_jax.memory.lola_state import LolaParams, LolaState, init_lola_state
-from hola_jax.memory.lola_stores import Block, Held, merge, of_document, read, select
+from hola_jax.memory.lola_stores import Block, Held, merge, of_document, read
 from hola_jax.memory.reference_lola import lola_reference
-from hola_jax.memory.state import MemoryConfig
+from hola_jax.memory.state import MemoryConfig, select
 
 ONLY_XLA = "LoLA scores its pairs anew at each block's end, which no kernel does"
 
@@ -114,11 +114,7 @@ def _piece(
     positions = (state.position - fill)[:, None] + place
     documents = own
     if not fresh:  # the running block's pairs in front
-        occupied, tail = place < fill[:, None], [(0, 0), (0, length - size), (0, 0), (0, 0)]
-        running = (jnp.pad(x.swapaxes(1, 2), tail) for x in (state.block_keys, state.block_values))
-        k, v = (jnp.where(occupied[..., None, None], old, x) for old, x in zip(running, (k, v), strict=True))
-        alive = jnp.where(positions >= state.document_start[:, None], state.document[:, None], 0)
-        documents = jnp.where(occupied, alive, own)
+        k, v, documents = behind_running_block(k, v, own, state, fill)
     count = jnp.sum(own > 0, axis=1, dtype=jnp.int32)
     whole = (fill + count) // size
 

@@ -12,7 +12,7 @@ from hola_jax.array_types import Array, Bool, Float, Int, Int32
 from hola_jax.memory.delta_rule import HIGHEST
 from hola_jax.memory.exact_cache import best_by_position
 from hola_jax.memory.lola_state import LEAST_FEATURE, LEAST_MASS, LolaParams
-from hola_jax.memory.state import EMPTY
+from hola_jax.memory.state import EMPTY, select
 
 
 class Held(NamedTuple):
@@ -38,10 +38,6 @@ def features(x: Float[Array, "B H X K"], weights: Float[Array, "H K F"]) -> Floa
     z = jnp.einsum("bhxk,hkf->bhxf", x.astype(jnp.float32), weights.astype(jnp.float32), precision=HIGHEST)
     both = jnp.concatenate([jax.nn.softmax(z, axis=-1), jax.nn.softmax(-z, axis=-1)], axis=-1)
     return jnp.maximum(both, LEAST_FEATURE)
-
-
-def select(which: Bool[Array, " B"], new: Held, old: Held) -> Held:
-    return jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
 def of_document(held: Held, document: Int32[Array, " B"]) -> Held:

@@ -17,7 +17,7 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float, Int32
 from hola_jax.memory import by_kernels, by_xla, poison, rescored
-from hola_jax.memory.align import Inputs, Piece, align, to_places, to_tokens
+from hola_jax.memory.align import Inputs, Piece, align, behind_running_block, to_places, to_tokens
 from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.devices import cache_before_device, counters_before_device, last_device_with_tokens
 from hola_jax.memory.exact_cache import token_scores
@@ -71,7 +71,7 @@ def _line_up(
     learned: Float[Array, "B L H"] | None,
 ) -> Piece:
     """A piece whose tokens already stand at their places, behind `fill` places of the running block."""
-    length, (q, k, values, *_) = documents.shape[1], inputs
+    q, k, values, *_ = inputs
     if kernels is not None and kernels.hola is not None:  # which takes NaN; the running block must not keep it
         q, k, values = (poison.finite_together(x)[0][0] for x in (q, k, values))
     queries, keys = for_reading(q, k, values.shape[2], params, config)
@@ -79,14 +79,7 @@ def _line_up(
     if learned is not None:
         values = retained(values, learned)
     if several:
-        place = jnp.arange(length, dtype=jnp.int32)
-        occupied = place < fill[:, None]
-        tail = [(0, 0), (0, length - config.block), (0, 0), (0, 0)]
-        running_keys, running_values = (jnp.pad(x.swapaxes(1, 2), tail) for x in (state.block_keys, state.block_values))
-        keys = jnp.where(occupied[..., None, None], running_keys, keys)
-        values = jnp.where(occupied[..., None, None], running_values, values)
-        alive = (state.position - fill)[:, None] + place >= state.document_start[:, None]
-        documents = jnp.where(occupied, jnp.where(alive, state.document[:, None], 0), documents)
+        keys, values, documents = behind_running_block(keys, values, documents, state, fill)
     return Piece(inputs, queries, keys, values, own, documents, several, learned)
 
 

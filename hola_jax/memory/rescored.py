@@ -54,9 +54,7 @@ class Ranked(NamedTuple):
     """The choice of a piece of n blocks."""
 
     rows: Rows  # what each block finds, and last what comes after all of them: n + 1
-    scores_now: Float[
-        Array, "n B H W"
-    ]  # of the same rows, after the tokens of the piece that stand in the block; n + 1
+    scores_now: Float[Array, "n B H W"]  # of the same rows, after the piece's tokens in the block; n + 1
     of_tokens: Float[Array, "B H L"]  # the score of each token at the end of its block, or of the piece
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hola_jax.array_types import Array, Float, Int32
+from hola_jax.array_types import Array, Bool, Float, Int32
 
 Score = Literal["surprise", "residual", "write", "recency", "random", "attention", "recall", "learned"]
 Read = Literal["rmsnorm", "unit_l2"]
 Scan = Literal["auto", "associative", "sequential"]
+Pytree = TypeVar("Pytree")
 
 RESCORED = ("attention", "recall")  # scores of a pair that change while it is held
 EMPTY = -1  # position of a cache row that holds no token
@@ -166,3 +167,8 @@ def init_state(
 def cached_positions(state: MemoryState) -> Int32[Array, "B H W"]:
     """Positions of the tokens that the exact cache holds, best score first; -1 where a row is empty."""
     return state.cache_positions
+
+
+def select(which: Bool[Array, " B"], new: Pytree, old: Pytree) -> Pytree:
+    """`new` in the named rows of the batch, which is the first axis of every leaf; `old` in the others."""
+    return jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)

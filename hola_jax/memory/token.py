@@ -18,7 +18,7 @@ from hola_jax.memory.learned import retained
 from hola_jax.memory.norms import for_reading, unit_l2
 from hola_jax.memory.poison import cleaned, not_finite, spoil
 from hola_jax.memory.rescored import recall_error
-from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
+from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState, select
 
 
 class Rows(NamedTuple):
@@ -146,11 +146,6 @@ def run_token(
     return out[:, None].astype(v.dtype), state
 
 
-def _choose(which: Bool[Array, " B"], new: Rows, old: Rows) -> Rows:
-    """The rows that are `new` in the named rows of the batch."""
-    return jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
-
-
 def _forget(rows: Rows, which: Bool[Array, " B"]) -> Rows:
     """A new document begins in the named rows of the batch: nothing of the old one is kept but its tokens' share of the
     block, which is not seen."""
@@ -160,7 +155,7 @@ def _forget(rows: Rows, which: Bool[Array, " B"]) -> Rows:
         cache_scores=jnp.full_like(rows.cache_scores, -jnp.inf),
         cache_positions=jnp.full_like(rows.cache_positions, EMPTY),
     )
-    return _choose(which, empty, rows)
+    return select(which, empty, rows)
 
 
 def _merge(
@@ -201,4 +196,4 @@ def _merge(
         block_values=jnp.zeros_like(rows.block_values),
         block_scores=jnp.zeros_like(rows.block_scores),
     )
-    return _choose(which, merged, rows)
+    return select(which, merged, rows)
