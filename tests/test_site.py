@@ -75,6 +75,14 @@ def test_every_link_leads_somewhere(site):
     assert (site / "source/hola_jax/memory/hola.py.md").is_file()  # the README leads there
 
 
+def test_the_design_pages_name_tests_that_are_there():
+    text = "".join(page.read_text() for page in (DOCS / "design").glob("*.md"))
+    laws = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 20 and not [name for name in named if f"def {name}(" not in laws]
+    assert not [name for name in re.findall(r"tests/[\w/]+\.py", text) if not (ROOT / name).exists()]
+
+
 def test_a_link_to_nothing_is_an_error(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("`[a](b)` and [this](docs/gone.md)")
