@@ -20,7 +20,7 @@ from collections.abc import Iterable
 ENTRY = re.compile(r"(\S(?:\S| (?! ))*)  +(?=\S)")  # what stands in the left column, up to two spaces or more
 NAMES = re.compile(r"[\w.*]+(?:, [\w.*]+)*")
 CODE_SPAN = re.compile(r"(`+[^`]*`+)")
-LITERAL = re.compile(r"([\\*_<\[\]])")  # what Markdown would take for its own
+LITERAL = re.compile(r"[\\*_<\[\]]")  # what Markdown would take for its own
 
 
 def markdown(docstring: str) -> str:
@@ -80,4 +80,8 @@ def _term(text: str) -> str:
 def _prose(text: str) -> str:
     """With all that is not in a code span as it is written."""
     parts = CODE_SPAN.split(text)
-    return "".join(part if place % 2 else LITERAL.sub(r"\\\1", part) for place, part in enumerate(parts))
+    return "".join(part if place % 2 else LITERAL.sub(_literal, part) for place, part in enumerate(parts))
+
+
+def _literal(found: re.Match[str]) -> str:
+    return "&lt;" if found[0] == "<" else f"\\{found[0]}"

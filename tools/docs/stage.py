@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 CODE = re.compile(r"^(```+)[^\n]*\n.*?^\1`*$|^    [^\n]*$|(`+)[^\n]*?\2", re.MULTILINE | re.DOTALL)
-UNLISTED = "---\nsearch:\n  exclude: true\n---\n\n"
+UNLISTED = "---\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n\n"
 
 
 def stage(out: Path, notebooks: Path, root: Path = ROOT) -> None:
