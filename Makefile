@@ -12,7 +12,7 @@ OLDEST := .venv-oldest/bin
 TORCH ?= torch==2.13.0
 DOCS := .venv-docs/bin
 TORCHED := .venv-torch/bin
-TYPED := $(wildcard hola_jax train pallas_kernels)
+TYPED := $(wildcard hola_jax train pallas_kernels tools/docs)
 
 .PHONY: help setup test lint unit oldest test-torch docs format demo bench-cpu bench-tpu-compile bench-gpu-compile clean
 .NOTPARALLEL:

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import unicodedata
 from pathlib import Path
@@ -83,6 +84,33 @@ def test_the_design_pages_name_tests_that_are_there():
     assert not [name for name in re.findall(r"tests/[\w/]+\.py", text) if not (ROOT / name).exists()]
 
 
+def test_what_is_staged_links_to_where_it_stands(tmp_path):
+    root, made, out = tmp_path / "root", tmp_path / "made", tmp_path / "out"
+    files = {
+        "README.md": "[a](docs/a.md#b) [c](pkg/c.py) `[d](e)`\n\n```\n[f](g)\n```\n",
+        "docs/a.md": "[n](../notebooks/1_try.py) [r](../README.md) [runs](runs) [web](https://x.org)",
+        "docs/runs/one.json": "{}",
+        "pkg/c.py": "x = 1",
+        "notebooks/1_try.py": "",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    made.mkdir()
+    (made / "1_try.md").write_text("![Figure 1](1_try-1.svg) [a](../docs/a.md)")
+    (made / "1_try-1.svg").write_text("<svg/>")
+    stage(out, made, root)
+    expected = {
+        "index.md": "[a](a.md#b) [c](source/pkg/c.py.md) `[d](e)`\n\n```\n[f](g)\n```\n",
+        "a.md": "[n](notebooks/1_try.md) [r](index.md) [runs](source/docs/runs/index.md) [web](https://x.org)",
+        "notebooks/1_try.md": "![Figure 1](1_try-1.svg) [a](../a.md)",
+        "notebooks/1_try-1.svg": "<svg/>",
+    }
+    assert {name: (out / name).read_text() for name in expected} == expected
+    assert "``````py\nx = 1\n``````" in (out / "source/pkg/c.py.md").read_text()
+    assert "[one.json](../../../runs/one.json)" in (out / "source/docs/runs/index.md").read_text()
+
+
 def test_a_link_to_nothing_is_an_error(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("`[a](b)` and [this](docs/gone.md)")
@@ -156,17 +184,17 @@ def test_a_notebook_that_fails_leaves_no_page_behind_and_says_where(tmp_path):
 @pytest.mark.skipif(not BUILDER.exists(), reason="`make docs` makes the environment that builds the site")
 @pytest.mark.parametrize("wrong", ["", "[no](#anchor)", "::: hola_jax.no_such_name", "$\\nosuchthing$"])
 def test_the_site_builds_and_tolerates_nothing_wrong(site, tmp_path, wrong):
-    environment = {**os.environ, "HOLA_DOCS": str(site), "NO_MKDOCS_2_WARNING": "1"}
-    (site / "scores.md").write_text((DOCS / "scores.md").read_text() + f"\n\n{wrong}\n")
-    build = [str(BUILDER), "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    shutil.copytree(site, docs)
+    with (docs / "scores.md").open("a") as page:
+        page.write(f"\n{wrong}\n")
+    environment = {**os.environ, "HOLA_DOCS": str(docs), "NO_MKDOCS_2_WARNING": "1"}
+    build = [str(BUILDER), "-m", "mkdocs", "build", "--site-dir", str(out)]
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (wrong == ""), done.stdout + done.stderr
     if not wrong:
-        page = (tmp_path / "api" / "memory.html").read_text()
-        assert 'id="hola_jax.memory.hola_memory"' in page and "rows of the exact cache" in page
-        loaded = [
-            src
-            for page in tmp_path.rglob("*.html")
-            for src in re.findall(r'(?:src|rel="stylesheet" href)="([^"]+)"', page.read_text())
-        ]
+        memory = (out / "api" / "memory.html").read_text()
+        assert 'id="hola_jax.memory.hola_memory"' in memory and "rows of the exact cache" in memory
+        text = "".join(page.read_text() for page in out.rglob("*.html"))
+        loaded = re.findall(r'(?:src|rel="stylesheet" href)="([^"]+)"', text)
         assert loaded and not [src for src in loaded if re.match(r"(https?:)?//", src)], "the site would need a network"
