@@ -93,9 +93,9 @@ def main(notebook: Path, folder: Path) -> None:
         return
     print(f"executing {notebook}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [stamp, *folder.glob(f"{notebook.stem}-*.svg")]:
+    for old in [stamp, page, *folder.glob(f"{notebook.stem}-*.svg")]:
         old.unlink(missing_ok=True)
-    sys.path[0] = str(notebook.parent)  # as if it were run by itself
+    sys.path[:1] = [str(notebook.parent), str(ROOT)]  # as if it were run by itself, with the library beside it
     page.write_text(execute(notebook, folder))
     stamp.write_text(wanted)
 
