@@ -21,12 +21,13 @@
 # which `hola plan` decides what to compile first.
 
 # %%
+import dataclasses
 import importlib.util
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from configs import demo, hola_7b
+from configs import hola_7b, hola_340m
 from hola_jax.config import flops_per_token, parameter_count
 from train.layout import Layout
 from train.mesh import make_mesh
@@ -42,9 +43,12 @@ BLUE, ORANGE, GREY = "C0", "C1", "C2"
 if importlib.util.find_spec("libtpu"):  # describes TPUs that are not there
     config, pods, pod = hola_7b.config, ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8"), "v5p:4x4x4"
 else:
-    print("libtpu is not installed (pip install libtpu; no TPU is needed): this plans the demo for this machine's CPU")
-    print("in place of the 7B for a pod, and the figures of that chip are round numbers, of no machine")
-    config, pods, pod = demo.config, ("cpu:8", "cpu:4", "cpu:2", "cpu:1"), "cpu:8"
+    print(
+        "libtpu is not installed (pip install libtpu; no TPU is needed): this plans the 340M for host devices in place of"
+    )
+    print("the 7B for a pod, and the figures of their chip are round numbers, of no machine")
+    config = dataclasses.replace(hola_340m.config, global_batch=16, microbatches=2)
+    pods, pod = ("cpu:8", "cpu:4", "cpu:2", "cpu:1"), "cpu:8"
 
 places = {name: topology(name) for name in pods}
 place = places[pod]
@@ -114,7 +118,8 @@ axes.barh(
 )
 axes.axvline(chip.memory / GIB, color="black", linestyle="--", label="memory of a chip")
 axes.set_yticks(places_of, [names[i] for i in order], fontsize=8)
-axes.set(xlabel="GiB on one chip", title=f"{count / 1e9:.2g} billion parameters on {pod}: what fits")
+axes.set_xlim(right=1.05 * max(total.max(), chip.memory / GIB))
+axes.set(xlabel="GiB on one chip", title=f"{count:,} parameters on {pod}: what fits")
 axes.legend(loc="upper right")
 figure.tight_layout()
 plt.show()
@@ -188,7 +193,7 @@ assert all(took[1:] < took[:-1]) and all(took >= took[0] * smallest / np.array(s
 
 # %%
 print(
-    f"ANSWER: {count / 1e9:.2g} billion parameters fit on {smallest} chips, the fewest of those tried; on {pod} the mesh is "
+    f"ANSWER: {count:,} parameters fit on {smallest} chips, the fewest of those tried; on {pod} the mesh is "
     f"{chosen}, {best.bytes / GIB:.2g} GiB of a chip's {chip.memory / GIB:.0f} and about {best.seconds:.3g} s a step, "
     f"MFU {mfu(best.seconds, chips):.0%} at best."
 )
