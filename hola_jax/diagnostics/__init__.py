@@ -2,7 +2,17 @@
 
 from hola_jax.diagnostics.depth import DepthReport, depth_report, depth_signs
 from hola_jax.diagnostics.energy import entries_kept
-from hola_jax.diagnostics.insight import Insight, insight
+from hola_jax.diagnostics.insight import Insight, Look, insight, memory_insight
 from hola_jax.diagnostics.vitals import vital_signs
 
-__all__ = ["DepthReport", "Insight", "depth_report", "depth_signs", "entries_kept", "insight", "vital_signs"]
+__all__ = [
+    "DepthReport",
+    "Insight",
+    "Look",
+    "depth_report",
+    "depth_signs",
+    "entries_kept",
+    "insight",
+    "memory_insight",
+    "vital_signs",
+]

@@ -260,7 +260,7 @@ def _masses_of_hola(model: LanguageModel, handed: Any) -> Masses:
     config = model.config.memory
 
     def of_row(inputs: Any) -> Masses:
-        _, _, _, weights = look(jax.tree.map(lambda x: x[None], inputs), handed.params, config)  # [T H T]
+        weights = look(jax.tree.map(lambda x: x[None], inputs), handed.params, config).weights  # [T H T]
         blocks = jnp.arange(weights.shape[0]) // config.block
         running = blocks[:, None, None] == blocks
         parts = jnp.where(running, weights, 0), jnp.where(running, 0, weights)

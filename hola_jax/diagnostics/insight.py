@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int, Int32
-from hola_jax.memory import CacheParams, MemoryConfig, init_state
+from hola_jax.memory import CacheParams, MemoryConfig, init_state, validate
 from hola_jax.memory.align import Inputs, Piece
 from hola_jax.memory.by_xla import read_blocks, state_path
 from hola_jax.memory.delta_rule import choose_scan
@@ -49,6 +49,20 @@ class Insight(NamedTuple):
         return 1 - jnp.sum(self.weights, axis=-1)
 
 
+class Look(NamedTuple):
+    """The same of one memory and one row of T tokens."""
+
+    surprise: Float[Array, "T H"]
+    scores: Float[Array, "T H"]
+    kept: Int32[Array, "m H W"]
+    weights: Float[Array, "T H T"]
+
+    @property
+    def sink(self) -> Float[Array, "T H"]:
+        """What each token's read gave to the null sink."""
+        return 1 - jnp.sum(self.weights, axis=-1)
+
+
 class Handed(NamedTuple):
     """What each layer handed to its memory, and what came back; leading axis N."""
 
@@ -61,15 +75,38 @@ def insight(model: LanguageModel, tokens: Int[Array | np.ndarray, " T"]) -> Insi
     """What a model whose mixer is HOLA keeps and reads of one text; the weights take N H T^2 numbers."""
     if model.config.mixer != "hola":
         raise ValueError(f"the model's mixer is {model.config.mixer!r}; only 'hola' has an exact cache to look into")
-    if model.config.memory.score in (*RESCORED, "learned"):
-        raise ValueError(
-            f"the model's score is {model.config.memory.score!r}; what competes can be shown where the memory scores a "
-            "token when it is written: surprise, residual, write, recency, random"
-        )
+    _check_score("the model's score", model.config.memory)
     if tokens.ndim != 1 or not len(tokens):
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be [T], one text of at least one token")
     structure, params = nnx.split(model)
     return _insight(structure, nnx.to_pure_dict(params), jnp.asarray(tokens, jnp.int32))
+
+
+def memory_insight(
+    q: Float[Array, "1 T h K"],
+    k: Float[Array, "1 T h K"],
+    v: Float[Array, "1 T H V"],
+    beta: Float[Array, "1 T H"],
+    log_decay: Array,
+    cache_params: CacheParams,
+    *,
+    config: MemoryConfig,
+) -> Look:
+    """The same of the memory alone, for arrays as `hola_memory` takes them: one row, one document, from its beginning."""
+    inputs = Inputs(q, k, v, beta, log_decay)
+    validate.inputs(inputs, cache_params, config, None, None, None)
+    if v.shape[0] != 1:
+        raise ValueError(f"v has {v.shape[0]} rows; one can be looked into at a time, such as v[:1]")
+    _check_score("MemoryConfig.score", config)
+    return _look(inputs, cache_params, config)
+
+
+def _check_score(what: str, config: MemoryConfig) -> None:
+    if config.score in (*RESCORED, "learned"):
+        raise ValueError(
+            f"{what} is {config.score!r}; what competes can be shown where the memory scores a token when it is written: "
+            "surprise, residual, write, recency, random"
+        )
 
 
 def note_memory(block: Block) -> Callable[[], Handed]:
@@ -98,12 +135,11 @@ def _insight(structure: Any, params: Params, tokens: Array) -> Insight:
     logits, found = handed(model, tokens[None])
     parts = lax.map(lambda layer: look(layer.inputs, layer.params, model.config.memory), found)
     gate = jax.nn.sigmoid(found.params.gate_logit.astype(jnp.float32))
-    surprise, scores, kept, weights = parts
-    return Insight(logits[0], surprise, scores, kept, weights, gate)
+    return Insight(logits[0], parts.surprise, parts.scores, parts.kept, parts.weights, gate)
 
 
-def look(inputs: Inputs, params: CacheParams, config: MemoryConfig) -> tuple[Array, Array, Array, Array]:
-    """(surprise, scores, kept, weights) of one layer and one row of tokens, as `Insight` has them without N."""
+def look(inputs: Inputs, params: CacheParams, config: MemoryConfig) -> Look:
+    """Of one layer and one row of tokens."""
     length, heads = inputs.v.shape[1:3]
     tail = -length % config.block
     inputs = Inputs(*(jnp.pad(x, [(0, 0), (0, tail)] + [(0, 0)] * (x.ndim - 2)) for x in inputs))
@@ -126,4 +162,7 @@ def look(inputs: Inputs, params: CacheParams, config: MemoryConfig) -> tuple[Arr
     empty = Rows(state.document, state.cache_scores, jnp.zeros(state.cache_scores.shape, jnp.int32))
     rows = cache_of_blocks(ranked, documents, empty, config.block, choose_scan(config.scan))
     kept = jnp.where(rows.scores > -jnp.inf, rows.places - config.window, EMPTY)[: whole + 1, 0]
-    return surprise[0, :length], scores[0, :length], kept, weights[0, :length, :, :length]
+    return Look(surprise[0, :length], scores[0, :length], kept, weights[0, :length, :, :length])
+
+
+_look = jax.jit(look, static_argnums=2)

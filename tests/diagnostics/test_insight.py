@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hola_jax import LanguageModel
-from hola_jax.diagnostics import insight
+from hola_jax.diagnostics import insight, memory_insight
 from hola_jax.diagnostics.insight import handed
 from hola_jax.memory import MemoryConfig, cached_positions, hola_memory
 from hola_jax.memory.norms import for_reading
@@ -96,6 +96,20 @@ def test_what_competes_is_the_score_of_the_configuration(model, found):
     else:
         assert found.kept[:, 4].tolist() == [[[31, 30, 29]] * 2] * 2
         np.testing.assert_array_equal(found.scores[0, :, 0], np.arange(37))
+
+
+def test_the_memory_alone_can_be_looked_into(model, found, layers):
+    for layer, (inputs, params, _) in enumerate(layers):
+        alone = memory_insight(*inputs, params, config=model.config.memory)
+        np.testing.assert_array_equal(alone.kept, found.kept[layer])
+        for name in ("surprise", "scores", "weights", "sink"):
+            expected = getattr(found, name)[layer]
+            np.testing.assert_allclose(getattr(alone, name), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="v has 2 rows; one can be looked into at a time"):
+        memory_insight(*jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs), params, config=model.config.memory)
+    rescored = dataclasses.replace(model.config.memory, score="attention")
+    with pytest.raises(ValueError, match="score is 'attention'; what competes"):
+        memory_insight(*inputs, params, config=rescored)
 
 
 @pytest.mark.parametrize(
