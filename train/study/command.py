@@ -24,7 +24,7 @@ TRIES = 2  # of a run: what killed the first, if it was from outside, does not k
 
 @dataclasses.dataclass(frozen=True)
 class RunStudy:
-    """Train and measure the rows of a table, each with every seed: `hola study configs/study/facts.py`.
+    """Train and measure the rows of a table, each with every seed: `hola study configs/study/reads.py`.
 
     Every finished run leaves one small file below --results and is not made again; a run that was stopped goes on from its
     last checkpoint. So the same command continues whatever interrupted it, and prints what is left.

@@ -111,5 +111,5 @@ def load(path: str | Path) -> Study:
         raise FileNotFoundError(f"there is no study file {path}; configs/study/ has some")
     study = runpy.run_path(str(path)).get("study")
     if not isinstance(study, Study):
-        raise ValueError(f"{path} defines no `study = Study(...)`; see configs/study/facts.py")
+        raise ValueError(f"{path} defines no `study = Study(...)`; see configs/study/reads.py")
     return study
