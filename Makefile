@@ -10,10 +10,11 @@ PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 TORCH ?= torch==2.13.0
+DOCS := .venv-docs/bin
 TORCHED := .venv-torch/bin
-TYPED := $(wildcard hola_jax train pallas_kernels)
+TYPED := $(wildcard hola_jax train pallas_kernels tools/docs)
 
-.PHONY: help setup test lint unit oldest test-torch format demo bench-cpu bench-tpu-compile bench-gpu-compile clean
+.PHONY: help setup test lint unit oldest test-torch docs format demo bench-cpu bench-tpu-compile bench-gpu-compile clean
 .NOTPARALLEL:
 
 help: ## what there is
@@ -33,13 +34,15 @@ lint: setup ## ruff and mypy
 unit: setup ## all tests, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST)
 
+# What may break there is an API that the code calls, not a law: so a case of each law, mixer and way of computing, forward
+# and backward, marked `oldest`, calls every module of the memory; all other cases are of the newest jax alone.
 oldest: setup ## the laws on Python 3.11 and the oldest jax, where Python 3.11 is found
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
 	    echo "oldest: .venv is Python 3.11 already, its tests were these"; exit 0; \
 	fi; \
 	PYTHON= sh tools/setup.sh .venv-oldest 3.11 && status=0 || status=$$?; \
 	case $$status in \
-	    0) set -x; $(OLDEST)/python -m pytest tests/laws -m "not slow" -q $(PYTEST) ;; \
+	    0) set -x; $(OLDEST)/python -m pytest tests/laws -m oldest -q $(PYTEST) ;; \
 	    3) echo "oldest: no Python 3.11 here, so the laws ran on .venv's Python alone" ;; \
 	    *) exit $$status ;; \
 	esac
@@ -51,13 +54,23 @@ test-torch: ## what needs torch, in an environment of its own: imported weights 
 	    $(TORCHED)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH) transformers lm_eval
 	$(TORCHED)/python -m pytest tests/weights/test_agreement.py tests/evals/test_harness.py -rs $(PYTEST)
 
+# Docstrings are read without importing anything, so the environment of the site holds no jax; notebooks run in .venv.
+docs: export JAX_PLATFORMS := cpu
+docs: setup ## the site, site/index.html, from the documents, the docstrings and the notebooks, which it executes
+	@PYTHON="$(PYTHON)" SETUP_PACKAGES="mkdocs-material mkdocstrings[python] latex2mathml ruff" \
+	    sh tools/setup.sh .venv-docs 3.13 3.12 3.11 3.14 3.15
+	@for notebook in $(wildcard notebooks/*.py); do \
+	    $(BIN)/python tools/docs/notebooks.py $$notebook build/notebooks || exit 1; done
+	$(DOCS)/python tools/docs/stage.py build/docs build/notebooks
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/python -m mkdocs build
+
 format: setup ## rewrite the sources as ruff likes them
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
 # Where there is no accelerator, libtpu, installed to compile for TPUs, need not look for one and complain.
 demo: export JAX_PLATFORMS := $(or $(JAX_PLATFORMS),$(if $(wildcard /dev/accel* /dev/vfio/* /dev/nvidia*),,cpu))
-demo: setup ## train three small models and show on one page what HOLA's cache keeps
+demo: setup ## train small models with three memories and show on one page what HOLA's cache keeps
 	$(BIN)/hola demo $(DEMO)
 
 bench-cpu: setup ## time the memory against its peers on one core
@@ -76,5 +89,5 @@ bench-gpu-compile: ## registers, spills and bytes of the GPU kernels, compiled f
 	.venv-gpu-compile/bin/python benchmarks/gpu_compile.py
 
 clean: ## remove caches and builds, not the environments
-	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

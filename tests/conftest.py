@@ -1,7 +1,10 @@
 """Eight devices on the host for every test, quick compiles, and shapes checked against the annotations."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+# What one file compiles serves the others, pytest's workers and the processes that tests start: they inherit these names.
+# The folder is made by the first process, empty, and goes when that one ends.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hola-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 from jaxtyping import install_import_hook
@@ -43,14 +53,17 @@ _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "be
 
 # The longest first: where two workers take a file at a time, neither is left alone with one of these at the end.
 LONGEST = [
+    "test_notebooks.py",
     "train/test_step.py",
     "laws/test_implementations.py",
     "pallas_kernels/test_hola.py",
     "train/test_two_processes.py",
     "pallas_kernels/test_train_step_compile.py",
-    "laws/test_devices.py",
     "train/test_faults.py",
+    "laws/test_devices.py",
+    "train/data/test_prepare.py",
     "train/test_demo.py",
+    "train/test_study.py",
 ]
 
 
@@ -60,9 +73,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What was imported stays. Python's collector need not go through it again while programs are traced: a tenth less."""
+    """What was imported stays: Python's collector need not go through it again while programs are traced, nor often through
+    what tracing makes, which is many small objects and few cycles. A tenth less."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 #
 #     sh tools/setup.sh DIR VERSION...      e.g.  sh tools/setup.sh .venv 3.13 3.12 3.11
 #
+# SETUP_PACKAGES="NAME ..." installs these packages instead, at the versions of constraints.txt, and no hola-jax.
 # Takes the first VERSION for which some Python on this machine really makes an environment; PYTHON=... names one instead.
 # A second call is instant. Exit status 3: none of the versions is here.
 set -eu
@@ -10,7 +11,8 @@ cd "$(dirname "$0")/.."
 venv=$1
 shift
 stamp=$venv/.hola-setup
-wanted=$( (pwd && cat pyproject.toml constraints.txt) | cksum) # the path too: an environment does not survive a move
+packages=${SETUP_PACKAGES:---editable .[dev]}
+wanted=$( (pwd && echo "$packages" && cat pyproject.toml constraints.txt) | cksum) # the path too: an environment does not survive a move
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -87,6 +89,7 @@ fi
 rm -f "$stamp"
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
 say "installing into $venv (minutes the first time)"
-"$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[dev]' >&2
+set -f # several words, none of them a pattern
+"$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $packages >&2
 printf '%s\n' "$wanted" >"$stamp"
 say "$venv is ready"

@@ -1,4 +1,4 @@
-"""What the demo's models make of held-out files: the loss of every token, and of the repetitions by distance."""
+"""What the demo's models make of held-out text: the loss of every token, and of the repetitions by distance."""
 
 from __future__ import annotations
 
@@ -24,47 +24,53 @@ PIECE = 512  # tokens of a row that go through the model at a time: all rows are
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Held-out files, and the repetitions in them that no training file has."""
+    """Held-out texts, and what repeats in them."""
 
     names: list[str]
     rows: list[np.ndarray]  # tokens of each, int32
-    distances: list[np.ndarray]  # of each token: `repetition.distances`
+    distances: list[np.ndarray]  # of each token: how long ago what ends with it stood last, 0 for never
     edges: list[int]  # of the ranges of distances
-    size: int  # bytes of all predicted tokens
-    tokenizer: Tokenizer
-    known: np.ndarray  # the sequences that training files have
 
     @property
     def ranges(self) -> list[str]:
         """What the ranges of distances are called."""
         return [f"{start + 1}-{stop}" for start, stop in zip([0, *self.edges], self.edges, strict=False)]
 
-    @staticmethod
-    def of_library(config: TrainConfig, longest: int) -> Texts:
-        """The first `longest` tokens of each held-out file."""
-        source: LibraryText = config.data
-        train, tokenizer = folder.documents(source, "train")
-        documents, _ = folder.documents(source, "held_out")
-        names = folder.texts(source, "held_out")
-        chosen = {name: row[:longest].astype(np.int32) for name, row in zip(names, documents, strict=True)}
-        chosen = {name: row for name, row in chosen.items() if len(row) > CONTEXT}
-        rows, vocab_size = list(chosen.values()), tokenizer.vocab_size
-        known = repetition.known_sequences(train, CONTEXT + 1, vocab_size)
-        memory = config.model.memory
-        return Texts(
-            list(chosen),
-            rows,
-            [repetition.distances(row, CONTEXT, vocab_size, known) for row in rows],
-            repetition.edges(memory.window, memory.block, min(longest, max(map(len, rows)))),
-            sum(len(tokenizer.decode(row[1:]).encode()) for row in rows),
-            tokenizer,
-            known,
-        )
+
+@dataclasses.dataclass(frozen=True)
+class Files(Texts):
+    """Held-out files, and the repetitions in them that no training file has."""
+
+    size: int  # bytes of all predicted tokens
+    tokenizer: Tokenizer
+    known: np.ndarray  # the sequences that training files have
 
     def repetitions(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Of another text the tokens, and how far back each stood."""
         row = np.array(self.tokenizer.encode([text])[0], np.int32)
         return row, repetition.distances(row, CONTEXT, self.tokenizer.vocab_size, self.known)
+
+
+def held_out_files(config: TrainConfig, longest: int) -> Files:
+    """The first `longest` tokens of each held-out file of the library."""
+    source: LibraryText = config.data
+    train, tokenizer = folder.documents(source, "train")
+    documents, _ = folder.documents(source, "held_out")
+    names = folder.texts(source, "held_out")
+    chosen = {name: row[:longest].astype(np.int32) for name, row in zip(names, documents, strict=True)}
+    chosen = {name: row for name, row in chosen.items() if len(row) > CONTEXT}
+    rows, vocab_size = list(chosen.values()), tokenizer.vocab_size
+    known = repetition.known_sequences(train, CONTEXT + 1, vocab_size)
+    memory = config.model.memory
+    return Files(
+        list(chosen),
+        rows,
+        [repetition.distances(row, CONTEXT, vocab_size, known) for row in rows],
+        repetition.edges(memory.window, memory.block, min(longest, max(map(len, rows)))),
+        sum(len(tokenizer.decode(row[1:]).encode()) for row in rows),
+        tokenizer,
+        known,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +113,7 @@ def _ratio(sums: np.ndarray, asked: np.ndarray) -> np.ndarray:
 def measure(model: LanguageModel, texts: Texts, label: str) -> Measured:
     """What a model makes of the texts."""
     scorer = ModelScorer(model, piece=PIECE, batch_tokens=8 * PIECE)
-    progress, done = Progress(f"{label}: held-out files", len(texts.rows)), 0
+    progress, done = Progress(f"{label}: held-out text", len(texts.rows)), 0
 
     def show(rows: int) -> None:
         nonlocal done

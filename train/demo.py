@@ -1,4 +1,4 @@
-"""`hola demo`: three small models, alike but for their memory, on text; what each reached, and a page of what HOLA keeps."""
+"""`hola demo`: three memories in small models that are alike otherwise; what each reached, and a page of what HOLA keeps."""
 
 from __future__ import annotations
 
@@ -8,32 +8,44 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from hola_jax import MemoryConfig, ModelConfig
+from hola_jax import LanguageModel, MemoryConfig, ModelConfig
 from hola_jax.diagnostics.page import Shown
 from hola_jax.diagnostics.page import page as html
 from train import loop
-from train.compare import Texts, measure
+from train.compare import Files, Texts, held_out_files, measure
 from train.config import CheckpointConfig, TrainConfig, as_dict, differences
 from train.data import files, tokenizers
-from train.data.config import LibraryText
+from train.data.config import Facts, LibraryText
 from train.data.folder import texts as library_texts
-from train.findings import as_json, figures, sentences, table, what_is_asked
+from train.findings import answered, as_json, facts_table, figures, sentences, table, what_is_asked
 from train.optimizer import OptimizerConfig
 from train.overrides import from_dict, override, pairs
+from train.planted import planted, spoken
 from train.progress import clock
 from train.trained import trained
 from train.weights import look
 from train.whole import write_whole
 
-SHOWN = 1024  # tokens of the file on the page
+SHOWN = 1024  # tokens of a text on the page
 LEAST = 8  # tokens of a file in which something may be repeated
+PLANTED = 64  # rows in which facts are asked for, to measure
 ROWS = {"gdn": "Gated DeltaNet", "recency": "HOLA + recency", "hola": "HOLA"}  # run folders, and what they are called
+
+
+class Recipes(NamedTuple):
+    """What the three runs of each kind have in common."""
+
+    text: TrainConfig  # to guess the next token of a file
+    facts: TrainConfig  # to answer for facts told among such text, and nothing else
+
+
 # The most that minutes teach: as small as the studies' models (docs/results.md), many small steps, and a gate and a state
 # that a new cache, whose reads are noise, neither drowns nor waits behind.
-FULL = TrainConfig(
+TEXT = TrainConfig(
     run="runs/three",
     model=ModelConfig(
         vocab_size=1024,
@@ -49,29 +61,38 @@ FULL = TrainConfig(
     data=LibraryText(),
     optimizer=OptimizerConfig(peak=3e-3, warmup=100),
     checkpoint=CheckpointConfig(every=500, keep=1, keep_best=0),
-    steps=3000,
+    steps=2000,
     global_batch=2,
     row=512,
     loss_chunk=512,
     log_every=50,
 )
-QUICK = dataclasses.replace(
-    FULL,
-    run="runs/three-quick",
-    model=dataclasses.replace(FULL.model, vocab_size=512),
-    steps=300,
-    row=256,
+FACTS = dataclasses.replace(
+    TEXT,
+    model=dataclasses.replace(TEXT.model, mlp_dim=64, gate_init=0.0, memory=MemoryConfig(window=8, block=16, chunk=16)),
+    data=Facts(most=4, noise=LibraryText()),
+    optimizer=OptimizerConfig(peak=6e-3, warmup=150),
+    global_batch=8,
+    row=64,
+    loss_chunk=64,
+)
+FULL = Recipes(TEXT, FACTS)
+SMALL = dataclasses.replace(TEXT.model, vocab_size=512)
+QUICK = Recipes(
+    dataclasses.replace(TEXT, run="runs/three-quick", model=SMALL, steps=100, row=256),
+    dataclasses.replace(FACTS, run="runs/three-quick", steps=800),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train three small models and show what HOLA keeps: `hola demo`, or `hola demo --quick` for less of it.
+    """Train small models with three memories and show what HOLA keeps: `hola demo`, or `hola demo --quick` for less of it.
 
-    Gated DeltaNet, HOLA whose cache holds the latest tokens, and HOLA read the standard library's source: the same data,
-    sizes and steps. Printed are the perplexity of held-out files and how well each repeats what stood earlier in them, by
-    distance, whichever is better; page.html in the folder shows what HOLA's cache kept of one file and where it looked.
-    Interrupted, the same command goes on. The folder's gdn, recency and hola are runs for `hola generate`, `hola eval`.
+    Gated DeltaNet, HOLA whose cache holds the latest tokens, and HOLA: each learns to read the standard library's source,
+    and each learns to answer for facts told among such text. Printed are the perplexity of held-out files, and how much
+    each model recalls by distance, whichever is better; page.html in the folder shows what HOLA's caches kept and where
+    they looked. Interrupted, the same command goes on. The folders text/hola, facts/gdn ... are runs for `hola generate`
+    and `hola eval`.
     """
 
     quick: bool = False
@@ -79,7 +100,9 @@ class Demo:
     folder: str | None = None
     """Of the runs and the page; unless given, runs/three, or runs/three-quick."""
     settings: tuple[str, ...] = ()
-    """Of all three runs, such as steps=1000 model.memory.state_scale=1 (`hola train configs/demo.py --help` lists them)."""
+    """Of the three runs on text, such as steps=9000 model.dim=128 (`hola train configs/demo.py --help` lists them)."""
+    facts: tuple[str, ...] = ()
+    """Of the three runs on facts, likewise."""
     longest: int | None = None
     """Tokens of each held-out file that are read; unless given, 4096, or 1024."""
     show: str | None = None
@@ -87,39 +110,73 @@ class Demo:
 
     def run(self) -> None:
         start = time.monotonic()
-        recipe = self.recipe()
-        folder = Path(recipe.run)
-        recipe = dataclasses.replace(
-            recipe, data=LibraryText(tokenizer=tokenizer_file(folder, recipe.model.vocab_size))
-        )
-        for number, name in enumerate(ROWS):
-            left = f", about {clock((time.monotonic() - start) / number * (3 - number))} left" if number else ""
-            say(f"{number + 1} of 3: {ROWS[name]} ({clock(time.monotonic() - start)} gone{left})")
-            train(run_of(recipe, name))
-        texts = Texts.of_library(recipe, self.longest or (1024 if self.quick else 4096))
-        models = {name: trained(folder / name)[0] for name in ROWS}
-        measured = {name: measure(model, texts, ROWS[name]) for name, model in models.items()}
-        said = sentences(measured, ROWS, recipe.model.memory, texts)
-        say("\n" + "\n".join([table(measured, ROWS, texts), what_is_asked(texts), "", *said]))
-        results = {"config": as_dict(recipe), "models": as_json(measured, texts), "found": said}
+        recipes = self.recipes()
+        folder = Path(recipes.text.run)
+        recipes = with_tokenizer(recipes, tokenizer_file(folder, recipes.text.model.vocab_size))
+        train_all(recipes, start)
+        longest = self.longest or (1024 if self.quick else 4096)
+        library, facts = held_out_files(recipes.text, longest), planted(recipes.facts, min(longest, SHOWN), PLANTED)
+        models = {kind: {name: trained(folder / kind / name)[0] for name in ROWS} for kind in Recipes._fields}
+        read = {name: measure(model, library, ROWS[name]) for name, model in models["text"].items()}
+        recalled = {name: measure(model, facts, ROWS[name]) for name, model in models["facts"].items()}
+        memory = recipes.facts.model.memory
+        said = [*answered(recalled, ROWS, memory), *sentences(read, ROWS, recipes.text.model.memory, library)]
+        tables = [facts_table(recalled, ROWS, facts), "", table(read, ROWS, library), what_is_asked(library)]
+        say("\n" + "\n".join([*tables, "", *said]))
+        results = {
+            "config": {kind: as_dict(config) for kind, config in recipes._asdict().items()},
+            "facts": as_json(recalled, facts),
+            "text": as_json(read, library),
+            "found": said,
+        }
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        shown = [
+            told(models["facts"]["hola"], facts, library),
+            some_file(models["text"]["hola"], library, self.show),
+        ]
+        drawn = figures(recalled, facts, memory, read, library, recipes.text.model.memory, ROWS)
         page = folder / "page.html"
-        text = shown(texts, recipe.model.memory, self.show)
-        write_whole(page, html(models["hola"], text, figures(measured, ROWS, recipe.model.memory, texts), said))
+        write_whole(page, html(shown, drawn, said))
         say(f"\n{page} shows what HOLA's cache kept; open it in a browser. Done in {clock(time.monotonic() - start)}.")
 
-    def recipe(self) -> TrainConfig:
-        """What the three runs have in common; what is wrong with it is said here."""
-        config = QUICK if self.quick else FULL
-        for name, value in pairs([f"--{setting}" for setting in self.settings]):
-            if name == "run" or name.startswith(("data", "model.mixer", "model.memory.score")):
-                raise ValueError(f"{name} is not the demo's to set; --folder says where its three runs are")
-            config = override(config, name, value)
+    def recipes(self) -> Recipes:
+        """What the runs have in common; what is wrong with it is said here."""
+        configs = QUICK if self.quick else FULL
+        text, facts = _set(configs.text, self.settings), _set(configs.facts, self.facts)
         if self.longest is not None and self.longest < LEAST:
             raise ValueError(f"--longest is {self.longest}; it must be at least {LEAST}")
         if self.show is not None and len(Path(self.show).read_text()) < LEAST:
             raise ValueError(f"--show {self.show} has fewer than {LEAST} characters; name a longer text")
-        return config if self.folder is None else dataclasses.replace(config, run=self.folder)
+        folder = self.folder or text.run
+        return Recipes(dataclasses.replace(text, run=folder), dataclasses.replace(facts, run=folder))
+
+
+def _set(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
+    for name, value in pairs([f"--{setting}" for setting in settings]):
+        if name == "run" or name.startswith(("data", "model.mixer", "model.memory.score")):
+            raise ValueError(f"{name} is not the demo's to set; --folder says where its runs are")
+        config = override(config, name, value)
+    return config
+
+
+def with_tokenizer(recipes: Recipes, path: str) -> Recipes:
+    """The recipes on text of that tokenizer; the tokens of facts stand behind its own."""
+    text, facts = recipes
+    library = LibraryText(tokenizer=path)
+    data = dataclasses.replace(facts.data, noise=library)
+    model = dataclasses.replace(facts.model, vocab_size=text.model.vocab_size + 2 * data.kinds)
+    return Recipes(dataclasses.replace(text, data=library), dataclasses.replace(facts, data=data, model=model))
+
+
+def train_all(recipes: Recipes, start: float) -> None:
+    """All runs, those of facts first: they are the short ones."""
+    configs = [run_of(recipe, kind, name) for kind, recipe in reversed(recipes._asdict().items()) for name in ROWS]
+    work = [config.steps * config.global_batch * config.row for config in configs]
+    for number, config in enumerate(configs):
+        gone = time.monotonic() - start
+        left = f", about {clock(gone * sum(work[number:]) / sum(work[:number]))} left" if number else ""
+        say(f"{number + 1} of {len(configs)}: {' '.join(Path(config.run).parts[-2:])} ({clock(gone)} gone{left})")
+        train(config)
 
 
 def say(text: str) -> None:
@@ -138,14 +195,14 @@ def tokenizer_file(folder: Path, vocab_size: int) -> str:
     return str(path)
 
 
-def run_of(recipe: TrainConfig, name: str) -> TrainConfig:
+def run_of(recipe: TrainConfig, kind: str, name: str) -> TrainConfig:
     """The recipe's run whose memory is that of `name`."""
     model = recipe.model
     if name == "gdn":
         model = dataclasses.replace(model, mixer="gated_deltanet")
     if name == "recency":
         model = dataclasses.replace(model, memory=dataclasses.replace(model.memory, score="recency"))
-    return dataclasses.replace(recipe, run=str(Path(recipe.run) / name), model=model)
+    return dataclasses.replace(recipe, run=str(Path(recipe.run) / kind / name), model=model)
 
 
 def train(config: TrainConfig) -> None:
@@ -168,13 +225,27 @@ def train(config: TrainConfig) -> None:
         sys.exit(code)
 
 
-def shown(texts: Texts, memory: MemoryConfig, file: str | None) -> Shown:
+def told(model: LanguageModel, facts: Texts, library: Files) -> Shown:
+    """The first of the rows with facts."""
+    tokens = facts.rows[0]
+    text, marked = spoken(tokens, library.tokenizer)
+    asked = int(np.count_nonzero(facts.distances[0]))
+    about = (
+        f"Held-out source with facts in it, in bold: who lives where. In its last quarter {asked} of them are asked for. "
+        "The model has learned to answer, from other text and other facts, and nothing else; what to keep it was never told."
+    )
+    return Shown(model, "facts among text", about, tokens, text, facts.distances[0], marked)
+
+
+def some_file(model: LanguageModel, library: Files, file: str | None) -> Shown:
     """The beginning of a file; of the held-out one in which most is repeated from afar, where none is given."""
     if file is None:
-        far = [np.count_nonzero(row[:SHOWN] > memory.window + memory.block) for row in texts.distances]
+        memory = model.config.memory
+        far = [np.count_nonzero(row[:SHOWN] > memory.window + memory.block) for row in library.distances]
         best = int(np.argmax(far))
-        name, tokens, distances = texts.names[best], texts.rows[best], texts.distances[best]
+        name, tokens, distances = library.names[best], library.rows[best], library.distances[best]
     else:
-        name, (tokens, distances) = Path(file).name, texts.repetitions(Path(file).read_text())
-    pieces = [texts.tokenizer.decode([token]) for token in tokens[:SHOWN]]
-    return Shown(name=name, tokens=tokens[:SHOWN], text=pieces, distances=distances[:SHOWN])
+        name, (tokens, distances) = Path(file).name, library.repetitions(Path(file).read_text())
+    pieces = [library.tokenizer.decode([token]) for token in tokens[:SHOWN]]
+    about = "The beginning of a file. The model has learned to guess the next token of others."
+    return Shown(model, name, about, tokens[:SHOWN], pieces, distances[:SHOWN])

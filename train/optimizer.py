@@ -17,7 +17,7 @@ State = dict[str, Any]  # {"count", "mu", "nu"}
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """peak          learning rate after `warmup` steps, from there a cosine to `final` of it at the last step
+    """peak             learning rate after `warmup` steps, from there a cosine to `final` of it at the last step
     b1, b2, epsilon  of Adam
     weight_decay     of matrices; norms, gates, decays and biases are spared (`hola_jax.model.weight_decay_mask`)
     clip             largest norm of the whole gradient

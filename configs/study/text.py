@@ -16,7 +16,7 @@ study = Study(
         BASE,
         model=dataclasses.replace(MODEL, vocab_size=256, mlp_dim=256, gate_init=-2.0, memory=MEMORY),
         data=LibraryText(),
-        steps=4000,
+        steps=3000,
         global_batch=2,
         row=512,
         eval_batches=32,

@@ -22,50 +22,57 @@ TEMPLATE = "page.html"
 
 
 class Shown(NamedTuple):
-    """The text on the page."""
+    """A text on the page, and the model that reads it."""
 
+    model: LanguageModel
     name: str
+    about: str  # a sentence or two: what it is
     tokens: np.ndarray  # int [T]
     text: Sequence[str]  # of each token
     distances: np.ndarray  # how long ago each token's sequence stood last (`repetition.distances`), 0 for never
+    marked: Sequence[int] = ()  # tokens in bold
 
 
-def page(model: LanguageModel, shown: Shown, figures: str, sentences: Sequence[str]) -> str:
-    """The HTML; `figures` is HTML too, `sentences` are plain text."""
-    found = insight(model, shown.tokens)
-    memory = model.config.memory
-    surprise = np.asarray(found.surprise).transpose(0, 2, 1)
-    most = float(surprise.max()) or 1.0
-    weights = visible_weights(found, memory.block)
-    data = {
-        "window": memory.window,
-        "block": memory.block,
-        "layers": model.config.layers,
-        "heads": model.config.heads,
-        "text": list(shown.text),
-        "distance": shown.distances.tolist(),
-        "chance": np.round(chances(np.asarray(found.logits), shown.tokens), 4).tolist(),
-        "gate": np.asarray(found.gate).round(4).tolist(),
-        "most": most,
-        "surprise": squares(surprise, most),
-        "kept": coded(np.asarray(found.kept).transpose(0, 2, 1, 3).astype("<i2")),
-        "weights": squares(weights, 1.0),
-        "example": example(weights[..., : memory.window], np.asarray(found.kept), shown.distances, memory.block),
-    }
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+def page(texts: Sequence[Shown], figures: str, sentences: Sequence[str]) -> str:
+    """The HTML, which begins with the first text; `figures` is HTML too, `sentences` are plain text."""
     parts = {
-        "FILE": escape(shown.name),
-        "WINDOW": str(memory.window),
-        "BLOCK": str(memory.block),
-        "KEPT": escape(still_held(found, shown.distances, memory)),
-        "FOUND": said,
+        "FOUND": "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
         "FIGURES": figures,
-        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),  # or "</script>" would end it
+        # Escaped, or "</script>" in a text would end it.
+        "DATA": json.dumps([numbers(text) for text in texts], separators=(",", ":")).replace("<", "\\u003c"),
     }
     html = resources.files(__package__).joinpath(TEMPLATE).read_text()
     for name, value in parts.items():
         html = html.replace("{{" + name + "}}", value)
     return html
+
+
+def numbers(shown: Shown) -> dict[str, Any]:
+    """What the page knows of one text."""
+    found, config = insight(shown.model, shown.tokens), shown.model.config
+    surprise = np.asarray(found.surprise).transpose(0, 2, 1)
+    most = float(surprise.max()) or 1.0
+    weights = visible_weights(found, config.memory.block)
+    kept = np.asarray(found.kept)
+    return {
+        "name": shown.name,
+        "about": shown.about,
+        "held": still_held(found, shown.distances, config.memory),
+        "window": config.memory.window,
+        "block": config.memory.block,
+        "layers": config.layers,
+        "heads": config.heads,
+        "text": list(shown.text),
+        "marked": [int(token) for token in shown.marked],
+        "distance": shown.distances.tolist(),
+        "chance": np.round(chances(np.asarray(found.logits), shown.tokens), 4).tolist(),
+        "gate": np.asarray(found.gate).round(4).tolist(),
+        "most": most,
+        "surprise": squares(surprise, most),
+        "kept": coded(kept.transpose(0, 2, 1, 3).astype("<i2")),
+        "weights": squares(weights, 1.0),
+        "example": example(weights[..., : config.memory.window], kept, shown.distances, config.memory.block),
+    }
 
 
 def visible_weights(found: Insight, block: int) -> np.ndarray:

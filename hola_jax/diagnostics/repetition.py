@@ -86,5 +86,6 @@ class Difference(NamedTuple):
 def difference(mine: np.ndarray, other: np.ndarray, count: np.ndarray, draws: int = 1000) -> Difference:
     """sum(mine) / sum(count) - sum(other) / sum(count); each argument has a number for each text."""
     rows = np.random.default_rng(0).integers(len(count), size=(draws, len(count)))
-    drawn = (mine - other)[rows].sum(1) / np.maximum(count[rows].sum(1), 1)
-    return Difference(float((mine - other).sum() / max(count.sum(), 1)), float(drawn.std()))
+    counts = count[rows].sum(1)
+    drawn = (mine - other)[rows].sum(1)[counts > 0] / counts[counts > 0]  # what is not asked for tells nothing
+    return Difference(float((mine - other).sum() / max(count.sum(), 1)), float(drawn.std()) if len(drawn) else 0.0)

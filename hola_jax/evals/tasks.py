@@ -69,6 +69,8 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
+    """The scores of a cell, by name."""
+
     metrics: dict[str, float]
     depths: tuple[tuple[float, float], ...] = ()
     """(depth, score) of each answer."""

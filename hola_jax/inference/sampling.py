@@ -58,6 +58,7 @@ class Sampling:
 
 
 GREEDY = Sampling(sampler="greedy")
+"""The likeliest token, always."""
 
 
 class Settings(NamedTuple):

@@ -28,3 +28,4 @@ MIXERS: dict[str, Any] = {
     "lola": LoLA,
     "transformer": Attention,
 }
+"""The module of each name that `ModelConfig.mixer` may have."""

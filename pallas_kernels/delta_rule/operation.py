@@ -18,6 +18,8 @@ DTYPES = ("bfloat16", "float32")
 
 
 class DeltaRule(NamedTuple):
+    """What the state answers, how much was written, and the state afterwards."""
+
     out: jax.Array  # [B, T, H, V]
     magnitude: jax.Array | None  # [B, T, H] float32: beta |e| or |e|; no gradient flows through it
     final: jax.Array  # [B, H, K, V] float32

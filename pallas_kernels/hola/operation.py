@@ -41,6 +41,8 @@ class Earlier(NamedTuple):
 
 
 class Hola(NamedTuple):
+    """What the memory answers, and is afterwards."""
+
     out: Array  # [B, T, H, V]: scale * S'q + gate * read
     scores: Array  # [B, H, T] float32: what each place competes with; no gradient flows through it
     state: Array  # [B, H, K, V] float32: after the last token

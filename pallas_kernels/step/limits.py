@@ -21,7 +21,7 @@ def vmem_bytes(sizes: Sizes) -> int:
 
 
 def tpu_refuses(sizes: Sizes, interpret: bool = False) -> str:
-    """In interpret mode only what has no cache is refused."""
+    """Why the TPU's cannot. In interpret mode only what has no cache is refused."""
     window, block = sizes.window, sizes.block
     if sizes.dtype not in ITEM:
         return f"v is {sizes.dtype}: the Pallas step takes bfloat16 or float32"
@@ -46,6 +46,7 @@ def tpu_refuses(sizes: Sizes, interpret: bool = False) -> str:
 
 
 def gpu_refuses(sizes: Sizes) -> str:
+    """Why the GPU's kernel cannot take a token of these sizes; empty where it can."""
     if sizes.dtype != "bfloat16":
         return f"v is {sizes.dtype}: the GPU step takes a bfloat16 cache; use the XLA path"
     for name, size in (("K", sizes.key_dim), ("V", sizes.value_dim)):

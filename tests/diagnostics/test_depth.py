@@ -104,7 +104,8 @@ def test_attention_received_is_the_mean_over_later_queries(transformer):
         np.testing.assert_allclose(report.masses.first_token[layer], alpha[:, 0], rtol=1e-3, atol=1e-5)
     share = np.mean(np.asarray(report.masses.first_token) > 0.3)
     assert report.masses.sink_ratio == share
-    signs = jax.jit(lambda: depth_signs(model, TOKENS))()
+    structure, params = nnx.split(model)
+    signs = jax.jit(lambda params: depth_signs(nnx.merge(structure, params), TOKENS))(params)
     np.testing.assert_allclose(signs["largest_after.0.mlp"], report.reads.largest[2], rtol=1e-6)
     np.testing.assert_allclose(signs["first_token.1"], np.mean(report.masses.first_token[1]), rtol=1e-5)
     assert signs["sink_ratio"] == share and len(signs) == 2 * 4 + 2 + 1

@@ -31,7 +31,9 @@ def html_text(model):
     far = np.zeros(37, np.int32)
     far[[20, 30]] = 15, 3
     figures = charts.bars({"gdn": 20.0, "hola": 10.0}, NAMES, "bars")
-    return page(model, Shown("odd<name>.py", TOKENS, TEXT, far), figures, ["One is < the other."])
+    first = Shown(model, "odd<name>.py", "A <b>text</b>.", TOKENS, TEXT, far)
+    second = Shown(model, "other", "Shorter.", TOKENS[:12], TEXT[:12], far[:12], marked=[3, 7])
+    return page([first, second], figures, ["One is < the other."])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def squares(text):
 
 
 def test_the_numbers_are_those_of_the_model(model, html_text):
-    found, data = insight(model, TOKENS), plain(html_text)
+    found, data = insight(model, TOKENS), plain(html_text)[0]
     weights = squares(data["weights"]).reshape(2, 2, 37, 3 + 8)
     np.testing.assert_allclose(weights, visible_weights(found, 8), atol=0.004)
     np.testing.assert_allclose(weights.sum(-1) + np.asarray(found.sink).transpose(0, 2, 1), 1, atol=0.02)
@@ -88,7 +90,7 @@ def test_the_page_needs_nothing_else(html_text):
     Reader().feed(html_text)
     assert not {"link", "img", "iframe", "base"} & set(tags) and tags.count("script") == 2
     assert not re.search(r"https?://|@import|url\(|fetch\(|{{[A-Z]", html_text.replace(json.dumps(TEXT[5])[1:-1], ""))
-    assert "odd&lt;name&gt;.py" in html_text and "One is &lt; the other." in html_text and "HOLA &lt;1&gt;" in html_text
+    assert "One is &lt; the other." in html_text and "HOLA &lt;1&gt;" in html_text and "odd<name>" not in html_text
 
 
 def test_the_template_is_part_of_the_package():
@@ -123,14 +125,15 @@ def test_a_click_on_a_token_shows_where_its_read_looked(window, file, model):
     rows = window.ask(
         "[...document.querySelectorAll('#entries tr')].slice(1).map(r => [...r.cells].map(c => c.innerText))"
     )
-    weights = visible_weights(insight(model, TOKENS), 8)[0, 0, 21]
+    first = plain(file.read_text())[0]["example"]  # its layer and head are those that the page begins with
+    weights = visible_weights(insight(model, TOKENS), 8)[first["layer"], first["head"], 21]
     shares = [float(row[0].rstrip("%")) / 100 for row in rows]
     np.testing.assert_allclose(shares, np.sort(weights)[::-1][: len(rows)], atol=0.01)
     assert len(rows) == 8 and "Token 21" in said and "null sink" in said
     assert all(int(row[1]) + int(row[2]) == 21 for row in rows) and {row[3] for row in rows} == {"cache", "block"}
     tinted = "[...document.querySelectorAll('#text span')].filter(s => s.style.getPropertyValue('--level') > 0).length"
     assert 5 < window.ask(tinted) <= 3 + 6  # the cache's three and the block's six
-    assert window.ask("location.hash") == "#token=21&layer=0&head=0" and not window.failed
+    assert window.ask("location.hash") == f"#token=21&layer={first['layer']}&head={first['head']}" and not window.failed
 
 
 def test_the_page_is_used_by_keys_alone(window, file):
@@ -154,9 +157,24 @@ def test_another_head_and_a_link_show_another_read(window, file):
     assert window.ask("document.getElementById('entries').innerText") != first
     window.click("#clear")
     window.click("#example")
-    chosen = plain(file.read_text())["example"]
+    chosen = plain(file.read_text())[0]["example"]
     assert window.ask("document.querySelector('.chosen').dataset.token") == str(chosen["token"])
     assert window.ask("document.getElementById('layer').value") == str(chosen["layer"]) and not window.failed
+
+
+def test_another_text_is_one_choice_away_and_has_a_link(window, file):
+    window.open(file)
+    assert window.ask("document.getElementById('name').innerText") == "odd<name>.py"
+    assert "A <b>text</b>." in window.ask("document.getElementById('about').innerText")
+    window.ask("(e => { e.value = 1; e.dispatchEvent(new Event('change')) })(document.getElementById('shown'))")
+    assert window.ask("document.getElementById('name').innerText") == "other"
+    assert window.ask("[...document.querySelectorAll('#text .marked')].map(s => s.dataset.token)") == ["3", "7"]
+    window.click('span[data-token="9"]')
+    first = plain(file.read_text())[1]["example"]
+    assert window.ask("location.hash") == f"#text=1&token=9&layer={first['layer']}&head={first['head']}"
+    window.open(file, "#text=1&token=9&layer=1&head=0")
+    assert window.ask("document.querySelectorAll('#text span').length") == 12
+    assert window.ask("document.querySelector('.chosen').dataset.token") == "9" and not window.failed
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False)])

@@ -61,4 +61,6 @@ def test_a_difference_is_clear_where_all_texts_agree_and_not_where_they_do_not()
     clear, unclear = repetition.difference(same, base, count), repetition.difference(split, base, count)
     assert clear.clear and clear.value == pytest.approx(0.1) and clear.error < 1e-6
     assert not unclear.clear and unclear.error == pytest.approx(2.9 / 10 / 50**0.5, rel=0.1)
+    once, never = np.eye(50)[0], np.zeros(50)  # asked in one text alone: draws without it tell nothing
+    assert repetition.difference(once, never, once) == (1.0, 0.0)
     assert not repetition.difference(np.zeros(3), np.zeros(3), np.zeros(3)).clear

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hola_jax import LanguageModel
 from hola_jax.diagnostics import vital_signs
@@ -13,11 +14,18 @@ from tests.laws.mixers import small
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 41)).astype(np.int32)
 
 
+def signs_of(model):
+    """The parameters are given: of constants the compiler would compute everything itself, and slowly."""
+    structure, params = nnx.split(model)
+    found = jax.jit(lambda params, tokens: vital_signs(nnx.merge(structure, params), tokens))(params, TOKENS)
+    return {name: float(x) for name, x in found.items()}
+
+
 def test_a_new_model_reads_evenly():
     """With queries scaled to nothing, a read is even: the sink has its share of the visible entries."""
     model = LanguageModel(small("hola"))
     model.blocks.mixer.cache.query_scale[...] = jnp.zeros_like(model.blocks.mixer.cache.query_scale[...])
-    signs = {name: float(x) for name, x in jax.jit(lambda: vital_signs(model, TOKENS))().items()}
+    signs = signs_of(model)
     np.testing.assert_allclose(signs["gate"], 1 / (1 + np.exp(4)), rtol=1e-5)
     np.testing.assert_allclose(signs["null_sink_mass"], 1 / (3 + 1 + 1), rtol=1e-5)  # window, the token, the sink
     assert signs["cache_filled"] == 1 and 0 <= signs["cache_replaced"] <= 1 and 1 <= signs["cached_age"] <= 40
@@ -25,8 +33,7 @@ def test_a_new_model_reads_evenly():
 
 def test_by_recency_every_block_replaces_the_cache():
     memory = MemoryConfig(window=3, block=8, chunk=4, score="recency")
-    model = LanguageModel(small("hola", memory=memory))
-    signs = jax.jit(lambda: vital_signs(model, TOKENS))()
+    signs = signs_of(LanguageModel(small("hola", memory=memory)))
     assert signs["cache_replaced"] == 1 and signs["cached_age"] == 2  # the last three tokens of the block: 1, 2 and 3
 
 

@@ -50,11 +50,14 @@ def compiled(config: MemoryConfig, implementation: str | None = None):
 @functools.cache
 def _compiled(config: MemoryConfig, implementation: str | None):
     @jax.jit
-    def run(arrays, segment_ids=None, state=None, params=PARAMS):
+    def run(arrays, segment_ids, state, params):
         options = {"config": config, "segment_ids": segment_ids, "state": state, "implementation": implementation}
         return hola_memory(*arrays, params, **options, learned=learned(config, arrays))
 
-    return run
+    def with_all(arrays, segment_ids=None, state=None, params=PARAMS):  # given or not, PARAMS make the same program
+        return run(arrays, segment_ids, state, params)
+
+    return with_all
 
 
 def learned(config: MemoryConfig, arrays: list):

@@ -86,6 +86,7 @@ def test_a_sharded_sequence_continues_a_state():
     assert_same_state(state, expected_state)
 
 
+@pytest.mark.oldest
 def test_gradients_of_a_sharded_sequence_are_those_of_the_whole():
     arrays, segments = inputs(2, TOKENS), layout("documents")
 

@@ -34,12 +34,14 @@ VARIANTS = {
     "energy": MemoryConfig(window=4, block=8, chunk=4, read_energy=0.7),
     **OTHER,
 }
-SLOW = ("associative", "recency", "no-cache")  # the others say of another jax all that these could
+SLOW = ("associative", "recency", "no-cache")
+OLDEST = ("surprise", "energy", *OTHER)  # ways of their own; the others say of another jax what these do
 ONE_DOCUMENT = ("associative",)  # of the kernels: pallas_kernels/test_hola.py
 # The kernels take turns of their own, whatever the scan; and scores that are given, as in "write", are one way to them.
 BY_XLA = ("energy", *OTHER)  # no kernel takes them, and says so
+MARKS = {variant: pytest.mark.slow for variant in SLOW} | {variant: pytest.mark.oldest for variant in OLDEST}
 CASES = [
-    pytest.param(variant, how, marks=pytest.mark.slow if variant in SLOW else ())
+    pytest.param(variant, how, marks=MARKS.get(variant, ()))
     for how in IMPLEMENTATIONS
     for variant in VARIANTS
     if how == "xla" or variant not in ("associative", *BY_XLA)
@@ -153,7 +155,7 @@ def test_a_learned_score_is_taught_by_what_reads_make_of_the_value():
 def test_ties_are_won_by_the_earlier_token_whatever_the_score(config):
     q, k, v, beta, g = inputs(8)
     arrays = [q, jnp.zeros_like(k), jnp.ones_like(v), beta, g]
-    blind = PARAMS._replace(sink_logit=jnp.full(2, 1e4))  # all weights are nothing: exp underflows
+    blind = PARAMS._replace(sink_logit=jnp.full(2, 1e4, "float32"))  # all weights are nothing: exp underflows
     for implementation in ("reference", "xla"):
         _, (_, state) = compiled_gradient(config, implementation)(arrays, blind, np.ones_like(SEGMENTS))
         assert state.cache_positions.tolist() == [[list(range(4))] * 2] * 2

@@ -64,6 +64,7 @@ def test_any_split_gives_the_whole(mixer: str) -> None:
             np.testing.assert_allclose(second[row, at : at + tokens - cut], c.whole[row, cut:], atol=TOLERANCE)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("mixer", CASES)
 def test_token_by_token_gives_the_whole_and_padding_is_nothing(mixer: str) -> None:
     c = case(mixer)
@@ -120,6 +121,7 @@ def test_the_state_keeps_its_size(mixer: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_nothing_reaches_back_in_time(mixer: str) -> None:
     """The gradient of each output by each later input is exactly zero, and by its own input it is not. Of HOLA's kernels:

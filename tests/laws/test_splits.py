@@ -40,7 +40,7 @@ CUTS = {"mid-block": [13], "late": [24], "block edges": [8, 16, 24], "anywhere":
     [
         ("mid-block", None, "xla"),
         pytest.param("block edges", None, "xla", marks=pytest.mark.slow),
-        ("mid-block", SEGMENTS, "xla"),
+        pytest.param("mid-block", SEGMENTS, "xla", marks=pytest.mark.oldest),
         ("block edges", SEGMENTS, "xla"),
         pytest.param("anywhere", SEGMENTS, "xla", marks=pytest.mark.slow),
         ("mid-block", SEGMENTS, "interpret"),

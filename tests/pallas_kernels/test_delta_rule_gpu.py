@@ -167,7 +167,11 @@ def test_what_cannot_run_is_refused_by_name():
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_forward_and_backward_compile_for_an_h200_at_the_340m_shapes(width):
     """The compiler refuses what shared memory cannot hold."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     script = Path(__file__).with_name("compile_delta_rule_gpu.py")
     ran = subprocess.run([sys.executable, script, str(width)], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]

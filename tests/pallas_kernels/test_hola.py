@@ -105,15 +105,16 @@ def test_nan_in_a_document_leaves_outputs_state_and_gradients_as_in_xla(which):
 
 @pytest.mark.parametrize(("gate", "beta"), [(0.0, 1.0), (-50.0, 1.0), (-1e9, 0.0)])
 def test_extreme_gates_repeated_keys_and_keys_of_zeros(gate, beta):
+    """By the programs of the case "one document"."""
     q, k, v, *_ = inputs(2)
     k = k.at[:, 3:12].set(k[:, 3:4]).at[:, 14:16].set(0.0)
-    gates = jnp.full(v.shape[:3], beta), jnp.full(v.shape[:3], gate)
+    gates = jnp.full(v.shape[:3], beta, "float32"), jnp.full(v.shape[:3], gate, "float32")
     compare(CONFIG, [q, k, v, *gates], None)
 
 
 @pytest.mark.slow
 def test_a_closed_gate_leaves_the_delta_rule_and_no_gradient_of_the_read():
-    closed = PARAMS._replace(gate_logit=jnp.full(2, -jnp.inf))
+    closed = PARAMS._replace(gate_logit=jnp.full(2, -jnp.inf, "float32"))
     arrays = inputs(3, 12)
     learned = Learned(PARAMS.query_scale, PARAMS.key_scale, PARAMS.sink_logit, jax.nn.sigmoid(closed.gate_logit))
 

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 QUIET = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+QUIET |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # to compile is what is tested
 EACH = """
 import json, sys, traceback
 from jax.experimental.topologies import get_topology_desc

@@ -11,8 +11,6 @@ ROOT = Path(__file__).parents[2]
 
 def start(folder, *overrides, devices=1, before=(), **options):
     environment = dict(os.environ, TINY_DEVICES=str(devices), PYTHONUNBUFFERED="1")
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder).parent / "jax_cache"))
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     command = [*before, sys.executable, "-m", "tests.train.tiny_run", str(folder), *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": environment}
     return subprocess.Popen(command, **{**pipes, **options})

@@ -17,12 +17,12 @@ from tests.diagnostics import browser
 from tests.laws.mixers import small
 from tests.train.processes import ROOT
 from tests.train.tiny_run import FLAGS
-from train import cli, compare, demo, findings
-from train.compare import Measured, Texts, measure
+from train import cli, compare, demo, findings, planted
+from train.compare import Files, Measured, measure
 from train.config import as_dict, differences
 from train.data import tokenizers
 from train.data.tokenizers import Bytes
-from train.demo import FULL, QUICK, ROWS, Demo, run_of, tokenizer_file
+from train.demo import FULL, QUICK, ROWS, Demo, Recipes, run_of, tokenizer_file, with_tokenizer
 from train.progress import Progress
 from train.weights import Saved
 
@@ -38,8 +38,9 @@ def test_progress_shows_share_and_time_left():
     )
 
 
-def test_the_three_runs_differ_in_their_memory_alone():
-    runs = {name: as_dict(run_of(FULL, name)) for name in ROWS}
+@pytest.mark.parametrize("kind", Recipes._fields)
+def test_the_three_runs_differ_in_their_memory_alone(kind):
+    runs = {name: as_dict(run_of(getattr(FULL, kind), kind, name)) for name in ROWS}
     changed = {name: differences(runs["hola"], values) for name, values in runs.items()}
     assert [line.partition(":")[0] for line in changed["gdn"]] == ["model.mixer", "run"]
     assert [line.partition(":")[0] for line in changed["recency"]] == ["model.memory.score", "run"]
@@ -47,9 +48,10 @@ def test_the_three_runs_differ_in_their_memory_alone():
 
 
 def test_settings_reach_all_runs():
-    recipe = Demo(quick=True, settings=("model.memory.state_scale=0.5", "steps=7"), folder="here").recipe()
-    assert (recipe.model.memory.state_scale, recipe.steps, recipe.run) == (0.5, 7, "here")
-    assert recipe.row == QUICK.row < FULL.row == Demo().recipe().row
+    text, facts = Demo(quick=True, settings=("model.memory.state_scale=0.5", "steps=7"), folder="here").recipes()
+    assert (text.model.memory.state_scale, text.steps, text.run) == (0.5, 7, "here")
+    assert facts == dataclasses.replace(QUICK.facts, run="here") and text.row == QUICK.text.row
+    assert Demo(facts=("steps=9",)).recipes() == Recipes(FULL.text, dataclasses.replace(FULL.facts, steps=9))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,7 @@ def test_settings_reach_all_runs():
         (["demo", "--settings", "model.mixer=gla"], "model.mixer is not the demo's to set"),
         (["demo", "--settings", "run=x"], "run is not the demo's to set; --folder says where"),
         (["demo", "--settings", "stepz=3"], "did you mean --steps?"),
+        (["demo", "--facts", "data.most=3"], "data.most is not the demo's to set"),
         (["demo", "--show", "pyproject.txt"], "pyproject.txt"),
         (["demo", "--show", os.devnull], "has fewer than 8 characters"),
         (["demo", "--qwick"], "--quick"),
@@ -84,7 +87,7 @@ def test_the_vocabulary_is_learnt_once(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_done_is_left_and_another_goes_on(monkeypatch):
-    config = run_of(dataclasses.replace(QUICK, run="demo"), "hola")
+    config = run_of(dataclasses.replace(QUICK.text, run="demo"), "text", "hola")
     about, begun, code = {"config": json.loads(json.dumps(as_dict(config)))}, [], 0
 
     def saved(step):
@@ -97,7 +100,7 @@ def test_a_run_that_is_done_is_left_and_another_goes_on(monkeypatch):
     assert not begun
     saved(config.steps // 2)
     demo.train(config)
-    assert begun == ["demo/hola"]
+    assert begun == ["demo/text/hola"]
     with pytest.raises(ValueError, match=r"was begun with other settings: seed: 0 -> 1\. Give another --folder"):
         demo.train(dataclasses.replace(config, seed=1))
     code = 75  # stopped by SIGTERM, saved
@@ -110,7 +113,7 @@ def texts(count=9, longest=700):
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, 31, int(size)).astype(np.int32) for size in draw.integers(5, longest, count)]
     distances = [np.where(np.arange(len(row)) % 5 == 4, 1 + np.arange(len(row)) % 60, 0) for row in rows]
-    return Texts([str(n) for n in range(count)], rows, distances, [10, 40, 80], 1000, Bytes(), np.zeros(1, np.int64))
+    return Files([str(n) for n in range(count)], rows, distances, [10, 40, 80], 1000, Bytes(), np.zeros(1, np.int64))
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +138,41 @@ def test_what_is_measured_is_the_models_loss_on_every_token(model, monkeypatch):
         assert found.recall.asked[number].sum() == np.count_nonzero(far)
 
 
-def test_the_page_shows_the_text_that_is_given_or_where_most_is_repeated(tmp_path):
-    memory = MemoryConfig(window=8, block=16, chunk=16)
+def test_the_page_shows_the_text_that_is_given_or_where_most_is_repeated(model, tmp_path):
     few = texts()
     few.distances[4][:] = 60  # farther than the block and the cache reach
-    found = demo.shown(few, memory, None)
+    found = demo.some_file(model, few, None)
     assert found.name == "4" and len(found.tokens) == len(found.text) == len(found.distances) <= 1024
     file = tmp_path / "own.py"
     file.write_text("abcdefgh--abcdefgh" * 60)
-    found = demo.shown(few, memory, str(file))
+    found = demo.some_file(model, few, str(file))
     assert found.name == "own.py" and "".join(found.text) == file.read_text()[:1024]
     assert found.distances[:15].tolist() == [0] * 13 + [10, 10]
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return planted.planted(with_tokenizer(QUICK, "bytes").facts, 256, 3)
+
+
+def test_what_counts_among_facts_are_the_answers_by_how_long_ago_they_were_told(facts):
+    most = QUICK.facts.data.most
+    assert facts.ranges[0] == "1-16" and facts.edges[-1] == 256
+    for row, distances in zip(facts.rows, facts.distances, strict=True):
+        answers = np.flatnonzero(distances)
+        assert len(answers) == most and answers.min() > 0.75 * 256 and (row[answers] >= 256 + 64).all()
+        assert (row[answers - distances[answers]] == row[answers]).all()
+        assert (row[answers - distances[answers] - 1] == row[answers - 1]).all() and distances.max() <= 256
+
+
+def test_facts_are_shown_in_words_and_in_bold(model, facts):
+    shown = demo.told(model, facts, texts())
+    assert len(shown.marked) == 4 * QUICK.facts.data.most and len(shown.text) == 256
+    told = [shown.text[token] for token in shown.marked]
+    assert all(word.endswith(" lives in") for word in told[::2]) and all(word.endswith(". ") for word in told[1::2])
+    assert len(set(told)) <= len(told) / 2  # each is told, and asked for once
+    assert len(set(planted.PEOPLE)) == len(set(planted.PLACES)) == QUICK.facts.data.kinds
+    assert f"{QUICK.facts.data.most} of them are asked for" in shown.about
 
 
 def made(nats, right, files=40):
@@ -181,32 +208,45 @@ def test_a_range_without_repetitions_is_left_open():
     assert findings.table({"hola": none}, names, texts()).count(" -") >= 6
     known = findings.as_json({"hola": none}, texts())["hola"]["known"]
     assert known == {"1-10": None, "11-40": None, "41-80": None} and not math.isnan(none.perplexity)
-    assert "nan" not in findings.figures({"hola": none}, names, MemoryConfig(window=30, block=10, chunk=10), texts())
+    memory = MemoryConfig(window=30, block=10, chunk=10)
+    drawn = findings.figures({"hola": none}, texts(), memory, {"hola": none}, texts(), memory, names)
+    assert "nan" not in drawn and drawn.count("<figure>") == 3
 
 
-TINY = ["steps=3", "row=64", "global_batch=2", "log_every=1", "model.layers=1", "model.dim=16", "model.vocab_size=300"]
-TINY += ["model.memory.window=4", "model.memory.chunk=16", "model.memory.block=16", "model.mlp_dim=16"]
+def test_of_facts_it_is_said_what_each_model_answered_from_afar():
+    knows, forgets = made(3.0, np.array([0.9, 0.9, 0.8])), made(3.0, np.array([0.9, 0.9, 0.0]))
+    memory = MemoryConfig(window=30, block=10, chunk=10)
+    (said,) = findings.answered({"gdn": forgets, "hola": knows}, {"gdn": "GDN", "hola": "HOLA"}, memory)
+    assert "more than 40 tokens back" in said and "GDN 0.0% (standard error 0.0), HOLA 80.0%" in said
+    assert "80.0%" in findings.facts_table({"hola": knows}, {"hola": "HOLA"}, texts())
+
+
+TINY = ["steps=3", "row=64", "global_batch=2", "log_every=1", "model.layers=1", "model.dim=16", "model.mlp_dim=16"]
+TINY += ["model.memory.window=4", "model.memory.chunk=16", "model.memory.block=16"]
 
 
 @pytest.mark.slow
 def test_the_whole_demo_with_few_steps(tmp_path):
-    """It trains its runs, here two, prints what they reached, and makes a page. The third is HOLA with another score."""
+    """It trains its runs, here two and two, prints what they reached, and makes a page."""
     folder = tmp_path / "demo"
-    of_two = "from train import cli, demo; del demo.ROWS['recency']; cli.main()"
+    of_two = "from train import cli, demo; del demo.ROWS['recency']; demo.PLANTED = 8; cli.main()"
     command = [sys.executable, "-c", of_two, "demo", "--quick", "--folder", str(folder), "--longest", "128"]
+    command += ["--settings", *TINY, "model.vocab_size=300", "--facts", *TINY]
     environment = {**os.environ, "XLA_FLAGS": FLAGS}
-    done = subprocess.run([*command, "--settings", *TINY], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads((folder / "results.json").read_text())
     for name in ("gdn", "hola"):
-        perplexity = results["models"][name]["perplexity"]
+        perplexity = results["text"][name]["perplexity"]
         assert 100 < perplexity < 400 and f"{perplexity:.2f}" in done.stdout  # guessing gives 300
-        assert (folder / name / "checkpoints" / "3").is_dir()
-    assert all(sentence in done.stdout for sentence in results["found"]) and len(results["found"]) == 2
+        assert sum(results["facts"][name]["repeated"].values()) == 8 * QUICK.facts.data.most
+        assert all((folder / kind / name / "checkpoints" / "3").is_dir() for kind in Recipes._fields)
+    assert all(sentence in done.stdout for sentence in results["found"]) and len(results["found"]) == 3
     if command := browser.found():
         window = browser.Browser(command)
         try:
             window.open(folder / "page.html")
+            assert window.ask("document.querySelectorAll('#text .marked').length") == 4 * QUICK.facts.data.most
             window.click("#example")
             assert window.ask("document.querySelectorAll('#entries tr').length") > 1
             assert window.ask("document.querySelectorAll('svg rect').length") == 2 and not window.failed

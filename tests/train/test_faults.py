@@ -1,7 +1,7 @@
 """Faults, in processes: what is killed goes on, what cannot be written or read is said, and nothing is lost twice.
 
-To begin a process takes longer than all of its steps. So one run is made and let alone, the others compile nothing anew,
-and what needs a run's end begins with a copy of it.
+To begin a process takes longer than all of its steps. So one run is made and let alone, the others compile nothing anew
+(all are of one step and as many steps, and share what is compiled), and what needs a run's end begins with a copy of it.
 """
 
 import os
@@ -19,14 +19,6 @@ from tests.train.processes import finish, losses, run, start
 
 pytestmark = pytest.mark.slow
 WHOLE = ["--checkpoint.every=20", "--checkpoint.keep=4"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    """All runs here are of one step and as many steps: what the first one compiles serves the others."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax_cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +54,8 @@ def saving(folder):
     return any(Path(folder).glob("checkpoints/*tmp*"))
 
 
-def test_kills_at_random_moments_change_no_loss(tmp_path, undisturbed):
-    """The second while a checkpoint is written."""
+def test_kills_and_a_sigterm_at_random_moments_change_no_loss(tmp_path, undisturbed):
+    """The second kill while a checkpoint is written. SIGTERM saves, exits with 75, and the run goes on from there."""
     folder, draw = tmp_path / "run", random.Random(0)
     for during_a_save in (False, True):
         process = start(folder, "--checkpoint.every=5", stdout=None, stderr=None)
@@ -72,18 +64,11 @@ def test_kills_at_random_moments_change_no_loss(tmp_path, undisturbed):
         assert not during_a_save or until(lambda: saving(folder), process, 10)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    code, said = run(folder, "--checkpoint.every=5")
-    assert code == 0 and "resuming" in said, said
-    assert losses(folder) == undisturbed
-
-
-def test_sigterm_saves_and_exits_with_75_and_the_run_goes_on(tmp_path, undisturbed):
-    folder = tmp_path / "run"
-    process = start(folder, "--checkpoint.every=1000")
-    until(lambda: reached(folder) >= 20, process)
+    process, goal = start(folder, "--checkpoint.every=1000"), reached(folder) + 20
+    assert until(lambda: reached(folder) >= goal, process)
     process.send_signal(signal.SIGTERM)
     code, said = finish(process)
-    assert code == 75 and "stopped by SIGTERM at step" in said, said
+    assert code == 75 and "resuming" in said and "stopped by SIGTERM at step" in said, said
     stopped = int(said.split("stopped by SIGTERM at step ")[1].split(",")[0])
     code, said = run(folder, "--checkpoint.every=1000")
     assert code == 0 and f"from step {stopped}, row {8 * stopped}" in said, said

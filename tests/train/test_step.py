@@ -23,28 +23,46 @@ from train.report import report
 TOLERANCE = 1e-5  # relative: float32 sums in another order, 10 steps long
 SHAPES = {
     "data 8": MeshConfig(data=8),
-    "sequence 8": MeshConfig(data=1, sequence=8),
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
     "fsdp 2, tensor 2, sequence 2": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
 }
-ALL_CUT = "fsdp 2, tensor 2, sequence 2"  # of which HOLA's are the two tests behind: by kernels, and in microbatches
-CASES = [("hola", shape) for shape in SHAPES if shape != ALL_CUT]
-# A batch in parts is the same for all. Gated DeltaNet's layer is HOLA's less the cache, and its memory DeltaNet's.
-# LoLA's sequence cannot be cut.
+ALL_CUT = "fsdp 2, tensor 2, sequence 2"
+# HOLA's other shapes are in the two tests behind: in microbatches, and by kernels; and in two processes, its sequence cut by
+# XLA (test_two_processes.py). What a sequence in eight parts gives, each memory says of itself: laws/test_devices.py,
+# memory/test_linear.py and test_slots.py, layers/test_attention.py.
+CASES = [("hola", "data 8")]
+# Gated DeltaNet's layer is HOLA's less the cache, and its memory DeltaNet's. LoLA's sequence cannot be cut.
 CASES += [(mixer, ALL_CUT) for mixer in MIXERS if mixer not in ("hola", "gated_deltanet", "lola")]
 CASES += [("lola", "data 2, fsdp 2, tensor 2")]
+
+
+def layers(mixer):
+    """One compiles sooner than two, and that layers are stacked HOLA has shown."""
+    return {"layers": 2 if mixer == "hola" else 1}
 
 
 @functools.cache
 def program(mixer="hola", shape=None):
     """(the training, its step compiled) on a mesh of SHAPES, or on one device."""
-    train = one_device(mixer) if shape is None else training(SHAPES[shape], mixer)
+    options = {"fields": layers(mixer)}
+    train = one_device(mixer, **options) if shape is None else training(SHAPES[shape], mixer, **options)
     return train, train.lower(ROWS, TOKENS).compile()
 
 
 @functools.cache
+def numbers(mixer):
+    """The state before the first step, as one device makes it. Any mesh makes the same, which one test says of one."""
+    return jax.device_get(program(mixer)[0].layout.init(0))
+
+
+@functools.cache
 def expected(mixer):
-    return [metrics["loss"] for metrics in trace(*program(mixer))[0]]
+    return losses(mixer, *program(mixer))
+
+
+def losses(mixer, train, compiled, **options):
+    state = jax.device_put(numbers(mixer), train.layout.state_shardings)
+    return [metrics["loss"] for metrics in trace(train, compiled, state=state, **options)[0]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,18 +74,20 @@ def programs_of_this_file():
 @pytest.mark.slow
 @pytest.mark.parametrize(("mixer", "shape"), CASES)
 def test_any_mesh_gives_the_losses_of_one_device(mixer, shape):
-    got = [metrics["loss"] for metrics in trace(*program(mixer, shape))[0]]
+    got = losses(mixer, *program(mixer, shape))
     np.testing.assert_allclose(got, expected(mixer), rtol=TOLERANCE)
     assert len(set(got)) > 7  # it moves
 
 
 @pytest.mark.slow
 def test_state_and_metrics_of_a_step_lie_where_the_sharding_table_says():
-    train, compiled = program("hola", "data 2, fsdp 2, tensor 2")
-    state, metrics = compiled(train.layout.init(0), jax.device_put(batch(0), train.layout.batch_sharding))
+    train, compiled = program("lola", "data 2, fsdp 2, tensor 2")
+    state = train.layout.init(0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state, numbers("lola"))
+    state, metrics = compiled(state, jax.device_put(batch(0), train.layout.batch_sharding))
     query = state["params"]["blocks"]["mixer"]["query"]["kernel"]
     assert query.sharding.spec == P(None, "fsdp", "tensor")
-    assert query.addressable_shards[0].data.shape == (2, 16, 8)
+    assert query.addressable_shards[0].data.shape == (1, 16, 8)
     for name in ("mu", "nu"):
         same = jax.tree.map(lambda p, m: p.sharding == m.sharding, state["params"], state["optimizer"][name])
         assert all(jax.tree.leaves(same))
@@ -81,7 +101,7 @@ def test_kernels_on_a_mesh_give_the_losses_of_one_device():
     """By the interpreter: parameters in parts, heads along tensor, tokens along sequence."""
     train = training(SHAPES[ALL_CUT], fields={"implementation": "interpret"})
     assert train.layout.choice.name == "interpret" and "asked for; state and cache in two" in train.layout.choice.why
-    got = [metrics["loss"] for metrics in trace(train, train.lower(ROWS, TOKENS).compile(), steps=5)[0]]
+    got = losses("hola", train, train.lower(ROWS, TOKENS).compile(), steps=5)
     np.testing.assert_allclose(got, expected("hola")[:5], rtol=TOLERANCE)
 
 
@@ -102,8 +122,9 @@ def test_a_mesh_whose_tensor_axis_does_not_divide_the_heads_is_refused_where_ker
 @pytest.mark.slow
 def test_microbatches_and_remat_on_a_mesh_change_nothing():
     """The other kind of remat is in test_model.py, on one device."""
-    train = training(SHAPES[ALL_CUT], microbatches=2, fields={"remat": "full"}, loss_chunk=24)
-    got = [metrics["loss"] for metrics in trace(train, train.lower(ROWS, TOKENS).compile())[0]]
+    shape = SHAPES["data 2, fsdp 2, tensor 2"]
+    train = training(shape, microbatches=2, fields={"remat": "full"}, loss_chunk=24)
+    got = losses("hola", train, train.lower(ROWS, TOKENS).compile())
     np.testing.assert_allclose(got, expected("hola"), rtol=TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices each, over loopback: one run, and an end for the one whose other half is gone.
+"""Two processes over loopback: of four devices each, one run; and an end for the one whose other half is gone.
 
 To compile takes longer than all else here, so runs are of as many steps where they can be, and share their programs.
 """
@@ -16,16 +16,9 @@ from tests.train.processes import finish, losses, run, start
 
 pytestmark = pytest.mark.slow
 RECIPE = ["--model.mixer=hola", "--steps=12", "--checkpoint.every=6", "--eval_every=12", "--eval_batches=2"]
-# How a run ends does not depend on its mixer, and this one compiles in a third of the time.
+# How a run ends does not depend on its mixer or on its devices, and this one compiles in a third of the time.
 QUICK = ["--model.mixer=transformer", "--model.max_length=16"]
 ENDLESS = [*QUICK, "--steps=1000000", "--checkpoint.every=1000000"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax_cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +36,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_both(folder, *overrides):
+def start_both(folder, *overrides, devices=4):
     together = ["--cluster.join=true", f"--cluster.coordinator=127.0.0.1:{free_port()}", "--cluster.processes=2"]
-    return [start(folder, *together, f"--cluster.process={number}", *overrides, devices=4) for number in (0, 1)]
+    return [start(folder, *together, f"--cluster.process={number}", *overrides, devices=devices) for number in (0, 1)]
 
 
 def test_two_processes_are_one(tmp_path, one):
@@ -70,7 +63,7 @@ def until(folder, steps, seconds=300):
 
 
 def test_sigterm_to_one_saves_and_stops_both(tmp_path):
-    both = start_both(tmp_path / "run", *ENDLESS)
+    both = start_both(tmp_path / "run", *ENDLESS, devices=1)
     until(tmp_path / "run", 5)
     both[1].send_signal(signal.SIGTERM)
     for code, said in map(finish, both):
@@ -83,7 +76,7 @@ def test_sigterm_to_one_saves_and_stops_both(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_ends_the_other_with_a_word(tmp_path, victim):
-    both = start_both(tmp_path / "run", "--cluster.heartbeat=10", "--cluster.step_timeout=30", *ENDLESS)
+    both = start_both(tmp_path / "run", "--cluster.heartbeat=10", "--cluster.step_timeout=30", *ENDLESS, devices=1)
     until(tmp_path / "run", 5)
     both[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
