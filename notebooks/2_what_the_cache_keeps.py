@@ -22,7 +22,9 @@
 
 # %%
 import dataclasses
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -82,7 +84,7 @@ surprise = MemoryConfig(window=W, block=C, chunk=C)
 found = memory_insight(*inputs, params, config=surprise)
 scores, kept, weights = (np.asarray(x) for x in (found.scores[:, 0], found.kept[:, 0], found.weights[:, 0]))
 
-_, state = hola_memory(*inputs, params, config=surprise)
+_, state = jax.jit(partial(hola_memory, config=surprise))(*inputs, params)
 assert np.array_equal(kept[-1], cached_positions(state)[0, 0])  # what is shown is what the memory has
 
 names = {KNOWN: "known pair", FACT: "fact", CORRECTION: "correction", QUESTION: "question"}

@@ -32,13 +32,14 @@ import numpy as np
 
 import hola_jax
 from configs.study import reads, scores
+from hola_jax.config import parameter_count
 from hola_jax.memory import CacheParams, MemoryConfig, cached_positions, hola_memory
 from train.study.results import read_results, value
 
 plt.style.use("tableau-colorblind10")
 BLUE, ORANGE, GREY = "C0", "C1", "C2"
 
-STREAMS, T = 16, 512
+STREAMS, T, FACTS = 16, 512, 12
 K, V, W, C = 16, 16, 16, 32
 
 # %% [markdown]
@@ -50,7 +51,7 @@ K, V, W, C = 16, 16, 16, 32
 # | noise | both new | 0.15 | nothing to remember: a trained $\beta$ says so |
 # | fact | both new, told once | 0.9 | what will be asked for |
 #
-# Twelve facts, none of them in the last two blocks; $W = 16$ rows.
+# None of the facts stands in the last two blocks, so only a cache can have them exactly.
 
 # %%
 KNOWN, NOISE, FACT = range(3)
@@ -60,7 +61,7 @@ def stream(seed: int) -> tuple[np.ndarray, ...]:
     """(k [T K], v [T V], beta [T], kind [T])"""
     draw = np.random.default_rng(seed)
     kind = np.where(draw.random(T) < 0.6, KNOWN, NOISE)
-    kind[draw.choice(np.arange(C, T - 2 * C), 12, replace=False)] = FACT
+    kind[draw.choice(np.arange(C, T - 2 * C), FACTS, replace=False)] = FACT
     pool_keys, pool_values = draw.normal(size=(6, K)), draw.normal(size=(6, V))
     which, known = draw.integers(6, size=T), (kind == KNOWN)[:, None]
     k = np.where(known, pool_keys[which] + 0.05 * draw.normal(size=(T, K)), draw.normal(size=(T, K)))
@@ -96,12 +97,12 @@ for score in NAMES:
 holds = {score: np.take_along_axis(kind, np.maximum(rows, 0), axis=1) for score, rows in kept.items()}
 assert all((rows >= 0).all() for rows in kept.values())  # every cache is full
 counts = {score: [np.mean(np.sum(of == each, axis=1)) for each in (FACT, KNOWN, NOISE)] for score, of in holds.items()}
-recalled = {score: found[0] / 12 for score, found in counts.items()}
+recalled = {score: found[0] / FACTS for score, found in counts.items()}
 for score, share in recalled.items():
     print(f"score {score:<10} holds {share:4.0%} of the facts at the end")
 
 # %% [markdown]
-# **The plot**: what fills the 16 rows at the end. Each rival is fooled by what it cannot see. $|e|$ keeps noise,
+# **The plot**: what fills the cache at the end. Each rival is fooled by what it cannot see. $|e|$ keeps noise,
 # since noise is never expected. $\beta|v|$ keeps what is written firmly, known or not. Attention keeps what is
 # read often, which is what the state knows best, and what has just read itself. The recall error keeps what the
 # state was told *not* to write. Only the product of both, the size of the write itself, is large for facts alone.
@@ -113,8 +114,8 @@ for number, (label, colour, hatch) in enumerate([("facts", ORANGE, ""), ("known"
     width = np.array([counts[score][number] for score in NAMES])
     axes.barh(place, width, left=left, color=colour, hatch=hatch, edgecolor="white", label=label)
     left += width
-axes.axvline(12, color="black", linewidth=0.8, linestyle="--")
-axes.text(12.1, -0.75, "12 facts were told", fontsize=9, va="bottom")
+axes.axvline(FACTS, color="black", linewidth=0.8, linestyle="--")
+axes.text(FACTS + 0.1, -0.75, f"{FACTS} facts were told", fontsize=9, va="bottom")
 axes.set_yticks(place, list(NAMES.values()))
 axes.invert_yaxis()
 axes.set(xlabel=f"rows of the cache at the end (mean of {STREAMS} streams)", xlim=(0, W))
@@ -181,22 +182,25 @@ plt.show()
 
 # %%
 small = MemoryConfig(window=W, block=C, chunk=C)
-by_rmsnorm = hola_memory(*(x[:1, : 2 * C] for x in one_head), params, config=small, implementation="reference")[0]
 unit = params._replace(query_scale=None, key_scale=None, temperature=jnp.full(1, K**0.5))
-flat_config = dataclasses.replace(small, read="unit_l2")
-by_unit = hola_memory(*(x[:1, : 2 * C] for x in one_head), unit, config=flat_config, implementation="reference")[0]
-apart = float(jnp.abs(by_rmsnorm - by_unit).max())
+both = [
+    jax.jit(partial(hola_memory, config=one, implementation="reference"))(*(x[:1, : 2 * C] for x in one_head), learnt)[
+        0
+    ]
+    for one, learnt in ((small, params), (dataclasses.replace(small, read="unit_l2"), unit))
+]
+apart = float(jnp.abs(both[0] - both[1]).max())
 print(f"the two reads differ by at most {apart:.1e}")
 assert apart < 1e-4
 
 # %% [markdown]
 # ## And trained?
 #
-# The studies `configs/study/scores.py` and `reads.py` train models of 59,000 parameters on planted facts, three
-# seeds of each row; their results are in the repository, one file a run (the read "attention" is a Transformer).
-# What we saw without training predicts what *can* be recalled; whether it *is* also depends on training:
-# gradients must find the read. In that task nothing is said twice but the facts, and $\beta$ learns what is
-# noise: so $\beta|v|$ comes nearer to surprise than on the stream above.
+# The studies `configs/study/scores.py` and `reads.py` train small models on planted facts, three seeds of each
+# row; their results are in the repository, one file a run (the read "attention" is a Transformer). What we saw
+# without training says what *can* be recalled; whether it *is* also depends on training: gradients must find the
+# read. In that task little is said twice, and $\beta$ learns what is noise: so $\beta|v|$ comes nearer to
+# surprise than on the stream above.
 
 # %%
 folder = Path(hola_jax.__file__).parents[1] / "docs" / "results"
@@ -225,13 +229,14 @@ figure.suptitle("Trained: dots are seeds, bars their mean")
 figure.tight_layout()
 plt.show()
 
+print(f"models of {parameter_count(reads.study.base.model)['total']:,} parameters, means over their seeds")
 for name, rows in trained.items():
     print(f"{name}: " + ", ".join(f"{row} {statistics.mean(found):.2f}" for row, found in rows.items()))
 
 # %%
 best_rival = max((share, score) for score, share in recalled.items() if score != "surprise")
 print(
-    f"ANSWER: of 12 facts among noise, surprise holds {recalled['surprise']:.0%} in {W} rows, the next best score, "
+    f"ANSWER: of {FACTS} facts among noise, surprise holds {recalled['surprise']:.0%} in {W} rows, the next best score, "
     f"{best_rival[1]}, {best_rival[0]:.0%}; of {ENTRIES} entries a flat read gives the right one {flat:.1%} of its weight, "
     f"a sharp one {sharp:.1%}."
 )

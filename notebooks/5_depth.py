@@ -17,8 +17,8 @@
 # changes if a layer *chooses* what to read (Attention Residuals, arXiv 2603.15031), and where do the reads over
 # time go when there is nothing to look for (spikes and sinks, arXiv 2603.05498)?
 #
-# Four models, alike but for one field, learn bytes of the standard library's source for a few seconds each.
-# `STEPS` says how long: thousands are what sinks and massive activations want.
+# Four models, alike but for the rule or the mixer, learn bytes of the standard library's source for a few seconds
+# each. `STEPS` says how long: thousands are what sinks and massive activations want.
 
 # %%
 import dataclasses

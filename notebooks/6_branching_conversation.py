@@ -119,7 +119,8 @@ for question, answer in zip(deeper, leaves, strict=True):
 #
 # The memory of a text is one thing, however it came about: read at once, in pieces, restored from a file, in a
 # batch beside another branch. So each branch must be, token for token, what the model says when it is given the
-# whole conversation from the start.
+# whole conversation from the start. Even where it is sampled: a draw depends on the row's seed and the position
+# alone.
 
 # %%
 opening = [*tokenizer.encode([book + questions[1]])[0], *branches[1].tokens]

@@ -26,8 +26,9 @@ def stage(out: Path, notebooks: Path, root: Path = ROOT) -> None:
     shutil.copytree(root / "docs", out)
     pages = {root / "README.md": out / "index.md"}
     pages |= {path: out / path.relative_to(root / "docs") for path in sorted((root / "docs").rglob("*.md"))}
+    (out / "notebooks").mkdir(exist_ok=True)
+    pages |= {path: out / "notebooks" / path.name for path in sorted((root / "notebooks").glob("*.md"))}
     for script in sorted((root / "notebooks").glob("*.py")):
-        (out / "notebooks").mkdir(exist_ok=True)
         for figure in notebooks.glob(f"{script.stem}-*.svg"):
             shutil.copy(figure, out / "notebooks")
         pages[script] = out / "notebooks" / f"{script.stem}.md"
