@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ FULL = Recipes(TEXT, FACTS)
 SMALL = dataclasses.replace(TEXT.model, vocab_size=512)
 QUICK = Recipes(
     dataclasses.replace(TEXT, run="runs/three-quick", model=SMALL, steps=100, row=256),
-    dataclasses.replace(FACTS, run="runs/three-quick", steps=800),
+    dataclasses.replace(FACTS, run="runs/three-quick", steps=500),
 )
 
 
@@ -96,7 +97,7 @@ class Demo:
     """
 
     quick: bool = False
-    """Smaller and shorter, with the same page."""
+    """Smaller and shorter and without HOLA + recency, with the same page."""
     folder: str | None = None
     """Of the runs and the page; unless given, runs/three, or runs/three-quick."""
     settings: tuple[str, ...] = ()
@@ -111,17 +112,18 @@ class Demo:
     def run(self) -> None:
         start = time.monotonic()
         recipes = self.recipes()
+        rows = {name: said for name, said in ROWS.items() if not (self.quick and name == "recency")}
         folder = Path(recipes.text.run)
         recipes = with_tokenizer(recipes, tokenizer_file(folder, recipes.text.model.vocab_size))
-        train_all(recipes, start)
+        train_all(recipes, rows, start)
         longest = self.longest or (1024 if self.quick else 4096)
         library, facts = held_out_files(recipes.text, longest), planted(recipes.facts, min(longest, SHOWN), PLANTED)
-        models = {kind: {name: trained(folder / kind / name)[0] for name in ROWS} for kind in Recipes._fields}
-        read = {name: measure(model, library, ROWS[name]) for name, model in models["text"].items()}
-        recalled = {name: measure(model, facts, ROWS[name]) for name, model in models["facts"].items()}
+        models = {kind: {name: trained(folder / kind / name)[0] for name in rows} for kind in Recipes._fields}
+        read = {name: measure(model, library, rows[name]) for name, model in models["text"].items()}
+        recalled = {name: measure(model, facts, rows[name]) for name, model in models["facts"].items()}
         memory = recipes.facts.model.memory
-        said = [*answered(recalled, ROWS, memory), *sentences(read, ROWS, recipes.text.model.memory, library)]
-        tables = [facts_table(recalled, ROWS, facts), "", table(read, ROWS, library), what_is_asked(library)]
+        said = [*answered(recalled, rows, memory), *sentences(read, rows, recipes.text.model.memory, library)]
+        tables = [facts_table(recalled, rows, facts), "", table(read, rows, library), what_is_asked(library)]
         say("\n" + "\n".join([*tables, "", *said]))
         results = {
             "config": {kind: as_dict(config) for kind, config in recipes._asdict().items()},
@@ -134,7 +136,7 @@ class Demo:
             told(models["facts"]["hola"], facts, library),
             some_file(models["text"]["hola"], library, self.show),
         ]
-        drawn = figures(recalled, facts, memory, read, library, recipes.text.model.memory, ROWS)
+        drawn = figures(recalled, facts, memory, read, library, recipes.text.model.memory, rows)
         page = folder / "page.html"
         write_whole(page, html(shown, drawn, said))
         say(f"\n{page} shows what HOLA's cache kept; open it in a browser. Done in {clock(time.monotonic() - start)}.")
@@ -168,9 +170,9 @@ def with_tokenizer(recipes: Recipes, path: str) -> Recipes:
     return Recipes(dataclasses.replace(text, data=library), dataclasses.replace(facts, data=data, model=model))
 
 
-def train_all(recipes: Recipes, start: float) -> None:
+def train_all(recipes: Recipes, rows: Iterable[str], start: float) -> None:
     """All runs, those of facts first: they are the short ones."""
-    configs = [run_of(recipe, kind, name) for kind, recipe in reversed(recipes._asdict().items()) for name in ROWS]
+    configs = [run_of(recipe, kind, name) for kind, recipe in reversed(recipes._asdict().items()) for name in rows]
     work = [config.steps * config.global_batch * config.row for config in configs]
     for number, config in enumerate(configs):
         gone = time.monotonic() - start

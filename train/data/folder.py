@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sysconfig
 from pathlib import Path
@@ -33,6 +34,17 @@ def texts(source: LibraryText | TextFolder, split: Split) -> dict[str, str]:
 
 def documents(source: LibraryText | TextFolder, split: Split) -> tuple[list[np.ndarray], tokenizers.Tokenizer]:
     """(the tokens of each of the split's files, the tokenizer they are of)."""
+    if isinstance(source, LibraryText):
+        return _library(source, split)
+    return _encoded(source, split)
+
+
+@functools.lru_cache(maxsize=4)  # it does not change while a process runs, and a demo or a study opens it often
+def _library(source: LibraryText, split: Split) -> tuple[list[np.ndarray], tokenizers.Tokenizer]:
+    return _encoded(source, split)
+
+
+def _encoded(source: LibraryText | TextFolder, split: Split) -> tuple[list[np.ndarray], tokenizers.Tokenizer]:
     found, tokenizer = texts(source, split), tokenizers.load(source.tokenizer)
     return tokenizer.encode(list(found.values())), tokenizer
 
