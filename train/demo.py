@@ -80,8 +80,8 @@ FACTS = dataclasses.replace(
 FULL = Recipes(TEXT, FACTS)
 SMALL = dataclasses.replace(TEXT.model, vocab_size=512)
 QUICK = Recipes(
-    dataclasses.replace(TEXT, run="runs/three-quick", model=SMALL, steps=100, row=256),
-    dataclasses.replace(FACTS, run="runs/three-quick", steps=500),
+    dataclasses.replace(TEXT, run="runs/three-quick", model=SMALL, steps=50, row=256),
+    dataclasses.replace(FACTS, run="runs/three-quick", steps=300),
 )
 
 
