@@ -244,5 +244,5 @@ def test_what_is_wrong_with_a_study_is_said_before_it_runs(tmp_path):
 @pytest.mark.parametrize("file", sorted(Path("configs/study").glob("[!_c]*.py")), ids=lambda path: path.stem)
 def test_the_studies_of_this_repository_are_whole(file):
     study = load(file)
-    assert len(study.cells()) == len(study.rows) * len(study.seeds) >= 9
+    assert len(study.cells()) == len(study.rows) * len(study.seeds) and len(study.rows) >= 3
     read_results(study, Path("docs/results") / file.stem)  # those kept in the repository belong to it
