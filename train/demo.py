@@ -105,7 +105,7 @@ class Demo:
     facts: tuple[str, ...] = ()
     """Of the three runs on facts, likewise."""
     longest: int | None = None
-    """Tokens of each held-out file that are read; unless given, 4096, or 1024."""
+    """Tokens of each held-out file that are read; unless given, 4096, or 512."""
     show: str | None = None
     """A text file for the page; unless given, the held-out file in whose beginning most is repeated from afar."""
 
@@ -116,7 +116,7 @@ class Demo:
         folder = Path(recipes.text.run)
         recipes = with_tokenizer(recipes, tokenizer_file(folder, recipes.text.model.vocab_size))
         train_all(recipes, rows, start)
-        longest = self.longest or (1024 if self.quick else 4096)
+        longest = self.longest or (512 if self.quick else 4096)
         library, facts = held_out_files(recipes.text, longest), planted(recipes.facts, min(longest, SHOWN), PLANTED)
         models = {kind: {name: trained(folder / kind / name)[0] for name in rows} for kind in Recipes._fields}
         read = {name: measure(model, library, rows[name]) for name, model in models["text"].items()}
