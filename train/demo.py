@@ -117,7 +117,8 @@ class Demo:
         recipes = with_tokenizer(recipes, tokenizer_file(folder, recipes.text.model.vocab_size))
         train_all(recipes, rows, start)
         longest = self.longest or (512 if self.quick else 4096)
-        library, facts = held_out_files(recipes.text, longest), planted(recipes.facts, min(longest, SHOWN), PLANTED)
+        library = held_out_files(recipes.text, longest)
+        facts = planted(recipes.facts, max(min(longest, SHOWN), recipes.facts.row), PLANTED)
         models = {kind: {name: trained(folder / kind / name)[0] for name in rows} for kind in Recipes._fields}
         read = {name: measure(model, library, rows[name]) for name, model in models["text"].items()}
         recalled = {name: measure(model, facts, rows[name]) for name, model in models["facts"].items()}
@@ -144,7 +145,8 @@ class Demo:
     def recipes(self) -> Recipes:
         """What the runs have in common; what is wrong with it is said here."""
         configs = QUICK if self.quick else FULL
-        text, facts = _set(configs.text, self.settings), _set(configs.facts, self.facts)
+        text = _set(configs.text, self.settings)
+        facts = _set(configs.facts, self.facts, "model.vocab_size")  # it follows from the text's
         if self.longest is not None and self.longest < LEAST:
             raise ValueError(f"--longest is {self.longest}; it must be at least {LEAST}")
         if self.show is not None and len(Path(self.show).read_text()) < LEAST:
@@ -153,9 +155,9 @@ class Demo:
         return Recipes(dataclasses.replace(text, run=folder), dataclasses.replace(facts, run=folder))
 
 
-def _set(config: TrainConfig, settings: tuple[str, ...]) -> TrainConfig:
+def _set(config: TrainConfig, settings: tuple[str, ...], *fixed: str) -> TrainConfig:
     for name, value in pairs([f"--{setting}" for setting in settings]):
-        if name == "run" or name.startswith(("data", "model.mixer", "model.memory.score")):
+        if name == "run" or name.startswith(("data", "model.mixer", "model.memory.score", *fixed)):
             raise ValueError(f"{name} is not the demo's to set; --folder says where its runs are")
         config = override(config, name, value)
     return config

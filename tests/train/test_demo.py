@@ -62,6 +62,7 @@ def test_settings_reach_all_runs():
         (["demo", "--settings", "run=x"], "run is not the demo's to set; --folder says where"),
         (["demo", "--settings", "stepz=3"], "did you mean --steps?"),
         (["demo", "--facts", "data.most=3"], "data.most is not the demo's to set"),
+        (["demo", "--facts", "model.vocab_size=3"], "model.vocab_size is not the demo's to set"),
         (["demo", "--show", "pyproject.txt"], "pyproject.txt"),
         (["demo", "--show", os.devnull], "has fewer than 8 characters"),
         (["demo", "--qwick"], "--quick"),
