@@ -425,7 +425,7 @@ def made_batch(layout: Layout, rows: int, tokens: int) -> dict[str, jax.Array]:
     """Tokens at random, one document to a row."""
     numbers = np.random.default_rng(0).integers(layout.model.vocab_size, size=(rows, tokens + 1)).astype(np.int32)
     ones = np.ones((rows, tokens), np.int32)
-    batch = {"tokens": numbers[:, :-1], "targets": numbers[:, 1:], "segment_ids": ones, "mask": ones.astype(bool)}
+    batch = {"tokens": numbers[:, :-1], "targets": numbers[:, 1:], "segment_ids": ones, "mask": ones.astype(np.uint8)}
     return {name: jax.device_put(x, layout.batch_sharding) for name, x in batch.items()}
 
 

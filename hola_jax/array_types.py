@@ -14,6 +14,6 @@ An annotation such as `Float[Array, "B T H K"]` is documentation in production a
 """
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32, UInt8
 
-__all__ = ["Array", "Bool", "Float", "Int", "Int32"]
+__all__ = ["Array", "Bool", "Float", "Int", "Int32", "UInt8"]

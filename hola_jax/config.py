@@ -244,6 +244,7 @@ def _mixer_parameters(config: ModelConfig) -> int:
         count += dim * heads + 2 * heads  # decay
     if config.mixer == "hola":
         count += 2 * heads + (2 * width if config.memory.read == "rmsnorm" else heads)
+        count += heads if config.memory.read_power else 0
         if config.memory.score == "learned":
             channels = retention_channels(config)
             inside = sum(RETENTION_TAPS * a * b for a, b in itertools.pairwise(channels))

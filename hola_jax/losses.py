@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hola_jax.array_types import Array, Bool, Float, Int
+from hola_jax.array_types import Array, Bool, Float, Int, UInt8
 
 
 def next_token_loss(
@@ -26,7 +26,7 @@ def next_token_loss(
 
 
 class LossSums(NamedTuple):
-    """Of the tokens that the mask names; `objective / tokens` is what a step minimises."""
+    """Of the tokens that the mask counts; `objective / tokens` is what a step minimises."""
 
     objective: Float[Array, ""]  # negative log likelihood plus the z-loss: the one with a gradient
     nll: Float[Array, ""]
@@ -37,12 +37,13 @@ def chunked_loss(
     hidden: Float[Array, "B T D"],
     kernel: Float[Array, "E D"],
     targets: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
+    mask: Bool[Array, "B T"] | UInt8[Array, "B T"],
     *,
     chunk: int = 2048,
     z_loss: float = 0.0,
 ) -> LossSums:
     """Sums of the loss of `hidden @ kernel.T`, made `chunk` tokens at a time: no [B, T, E] exists, forward or backward.
+    Each token counts as often as the mask says.
 
     The gradient is made together with the loss, chunk by chunk, so no logits are computed twice. z_loss weighs the square
     of the softmax's log sum, which keeps logits near zero.
@@ -57,46 +58,48 @@ def chunked_loss(
         x = jnp.pad(x, [(0, -tokens % size)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(-1, size, *x.shape[1:])
 
-    kept = mask.astype(bool)
-    objective, nll = _loss(z_loss, in_chunks(hidden), kernel, in_chunks(targets), in_chunks(kept))
-    return LossSums(objective, lax.stop_gradient(nll), jnp.sum(kept, dtype=jnp.float32))
+    counts = mask.astype(jnp.float32)
+    objective, nll = _loss(z_loss, in_chunks(hidden), kernel, in_chunks(targets), in_chunks(counts))
+    return LossSums(objective, lax.stop_gradient(nll), jnp.sum(counts))
 
 
 def _chunk_loss(
-    z_loss: float, hidden: Float[Array, "c D"], kernel: Float[Array, "E D"], targets: Array, kept: Array
+    z_loss: float, hidden: Float[Array, "c D"], kernel: Float[Array, "E D"], targets: Array, counts: Array
 ) -> tuple[Array, Array]:
     """(objective, nll) of one chunk."""
     logits = jnp.einsum("cd,ed->ce", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     # By comparison, not by index: the vocabulary may be sharded, and this stays on each device.
     chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[1]) == targets[:, None], logits, 0.0), axis=1)
     log_total = jax.nn.logsumexp(logits, axis=1)
-    nll = jnp.sum(jnp.where(kept, log_total - chosen, 0.0))
-    return nll + z_loss * jnp.sum(jnp.where(kept, log_total**2, 0.0)), nll
+    nll = jnp.sum(jnp.where(counts > 0, counts * (log_total - chosen), 0.0))
+    return nll + z_loss * jnp.sum(jnp.where(counts > 0, counts * log_total**2, 0.0)), nll
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(z_loss: float, hidden: Array, kernel: Array, targets: Array, kept: Array) -> tuple[Array, Array]:
+def _loss(z_loss: float, hidden: Array, kernel: Array, targets: Array, counts: Array) -> tuple[Array, Array]:
     def add(sums: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
-        hidden, targets, kept = chunk
-        objective, nll = _chunk_loss(z_loss, hidden, kernel, targets, kept)
+        hidden, targets, counts = chunk
+        objective, nll = _chunk_loss(z_loss, hidden, kernel, targets, counts)
         return (sums[0] + objective, sums[1] + nll), None
 
     zero = jnp.zeros((), jnp.float32)
-    return lax.scan(add, (zero, zero), (hidden, targets, kept))[0]
+    return lax.scan(add, (zero, zero), (hidden, targets, counts))[0]
 
 
 def _loss_and_gradient(
-    z_loss: float, hidden: Array, kernel: Array, targets: Array, kept: Array
+    z_loss: float, hidden: Array, kernel: Array, targets: Array, counts: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     def add(sums: tuple[Array, Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-        hidden, targets, kept = chunk
-        loss = lambda hidden, kernel: _chunk_loss(z_loss, hidden, kernel, targets, kept)  # noqa: E731
+        hidden, targets, counts = chunk
+        loss = lambda hidden, kernel: _chunk_loss(z_loss, hidden, kernel, targets, counts)  # noqa: E731
         objective, pull, nll = jax.vjp(loss, hidden, kernel, has_aux=True)
         d_hidden, d_kernel = pull(jnp.ones((), jnp.float32))
         return (sums[0] + objective, sums[1] + nll, sums[2] + d_kernel), d_hidden
 
     zero = jnp.zeros((), jnp.float32)
-    (objective, nll, d_kernel), d_hidden = lax.scan(add, (zero, zero, jnp.zeros_like(kernel)), (hidden, targets, kept))
+    (objective, nll, d_kernel), d_hidden = lax.scan(
+        add, (zero, zero, jnp.zeros_like(kernel)), (hidden, targets, counts)
+    )
     return (objective, nll), (d_hidden, d_kernel)
 
 

@@ -32,9 +32,9 @@ class Data(Protocol):
 def inputs(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the step reads, each [B, T], of rows of T + 1 tokens: a target is the next token of the same document."""
     tokens, segments = rows["tokens"], rows["segment_ids"]
-    counts = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
+    counts = ((segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)).astype(np.uint8)
     if "mask" in rows:
-        counts &= rows["mask"][:, :-1].astype(bool)
+        counts *= rows["mask"][:, :-1].astype(np.uint8)
     found = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments[:, :-1], "mask": counts}
     return {name: np.ascontiguousarray(found[name], kind) for name, kind in INPUTS.items()}
 

@@ -22,8 +22,10 @@ from train import optimizer
 from train.shardings import TABLE, Specs, param_specs, placed
 
 State = dict[str, Any]  # {"params", "optimizer": {"count", "mu", "nu"}, "step", "skipped"}
-Batch = dict[str, Array]  # {"tokens", "targets", "segment_ids", "mask"}, each [B, T]
-INPUTS = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "mask": np.bool_}
+Batch = dict[
+    str, Array
+]  # {"tokens", "targets", "segment_ids", "mask"}, each [B, T]; the mask is what each target counts
+INPUTS = {"tokens": np.int32, "targets": np.int32, "segment_ids": np.int32, "mask": np.uint8}
 
 
 @dataclasses.dataclass(frozen=True)

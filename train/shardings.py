@@ -90,6 +90,7 @@ CLASSES = {
     "blocks.mixer.cache.sink_logit": "of_head_nh",
     "blocks.mixer.cache.gate_logit": "of_head_nh",
     "blocks.mixer.cache.temperature": "of_head_nh",
+    "blocks.mixer.cache.power": "of_head_nh",
     "blocks.mixer.retention.conv*.kernel": "convolution_nwhcg",
     "blocks.mixer.retention.weight": "of_head_nhc",
     "blocks.mixer.retention.bias": "of_head_nh",

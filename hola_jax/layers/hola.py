@@ -27,6 +27,7 @@ class ExactCache(nnx.Module):
         self.query_scale = param(config.read_init, config.key_width) if sharp else None
         self.key_scale = param(config.read_init, config.key_width) if sharp else None
         self.temperature = None if sharp else param(1.0, config.heads)
+        self.power = param(0.0, config.heads) if config.memory.read_power else None
         self.sink_logit = param(0.0, config.heads)
         self.gate_logit = param(config.gate_init, config.heads)
 
@@ -40,6 +41,7 @@ class ExactCache(nnx.Module):
             sink_logit=self.sink_logit[...],
             gate_logit=self.gate_logit[...],
             temperature=value(self.temperature),
+            power=value(self.power),
         )
 
 

@@ -11,7 +11,7 @@ from hola_jax.memory.align import Piece, gather_rows
 from hola_jax.memory.cache_read import Masks, Visible, read_visible
 from hola_jax.memory.delta_rule import DeltaRuleResult, choose_scan, delta_rule
 from hola_jax.memory.exact_cache import Rows, cache_of_blocks, magnitude_kind
-from hola_jax.memory.norms import unit_l2
+from hola_jax.memory.norms import unit_l2, with_power, with_score
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
 
 
@@ -68,7 +68,7 @@ def read_blocks(
     places_before = jnp.broadcast_to(jnp.arange(config.window, dtype=jnp.int32), state.cache_scores.shape)
     initial = Rows(state.document, state.cache_scores, places_before)
     rows = cache_of_blocks(scores, piece.documents, initial, config.block, choose_scan(config.scan))
-    out = read_rows(piece, rows, params, config, state, fresh)
+    out = read_rows(piece, scores, rows, params, config, state, fresh)
     return out, kept_rows(piece, rows, positions, whole, config, state, fresh)
 
 
@@ -90,14 +90,25 @@ def read_masks(
 
 
 def read_rows(
-    piece: Piece, rows: Rows, params: CacheParams, config: MemoryConfig, state: MemoryState, fresh: bool
+    piece: Piece,
+    scores: Float[Array, "B H L"],
+    rows: Rows,
+    params: CacheParams,
+    config: MemoryConfig,
+    state: MemoryState,
+    fresh: bool,
 ) -> Float[Array, "B L H V"]:
     """The cache read of every place, float32; `rows` are what each block finds."""
     batch, length, heads = piece.queries.shape[:3]
-    key_heads, block = piece.keys.shape[2], config.block
+    queries, keys, block = piece.queries, piece.keys, config.block
     blocks = length // block
     places, filled = rows.places[:-1], rows.scores[:-1] > -jnp.inf
     cache_keys, cache_values = gather_rows(piece, places, filled, state, fresh)
+
+    if config.read_power:  # every head has keys of its own, for it has scores of its own
+        queries = with_power(queries, params)
+        keys, cache_keys = with_score(keys, scores.swapaxes(1, 2), 2), with_score(cache_keys, rows.scores[:-1], 2)
+    key_heads = keys.shape[2]
 
     def by_block(x: Array) -> Array:
         """[B, L, H, X] -> [n, B, C, h, H / h, X]."""
@@ -108,11 +119,11 @@ def read_rows(
     visible = Visible(
         heads_apart(cache_keys, key_heads),
         heads_apart(cache_values, key_heads),
-        by_block(piece.keys),
+        by_block(keys),
         by_block(piece.values),
         params.sink_logit.reshape(key_heads, heads // key_heads),
     )
-    out = read_visible(by_block(piece.queries), visible, masks, config.read_energy)
+    out = read_visible(by_block(queries), visible, masks, config.read_energy)
     return out.swapaxes(0, 1).reshape(batch, length, heads, out.shape[-1])
 
 

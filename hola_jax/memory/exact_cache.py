@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int, Int32
+from hola_jax.memory.choice import weighed
 from hola_jax.memory.delta_rule import Magnitude
 from hola_jax.memory.scan import Strategy, prefix_scan
-from hola_jax.memory.state import MemoryConfig
+from hola_jax.memory.state import RESCORED, MemoryConfig
 
 
 class Rows(NamedTuple):
@@ -35,16 +36,6 @@ def best_rows(scores: Float[Array, "*n B H X"], places: Int32[Array, "*n B H X"]
         scores, places = jnp.pad(scores, pad, constant_values=-jnp.inf), jnp.pad(places, pad)
     best, index = lax.top_k(scores, window)
     return best, jnp.take_along_axis(places, index, axis=-1)
-
-
-def best_by_position(
-    scores: Float[Array, "B H X"], positions: Int32[Array, "B H X"], window: int
-) -> tuple[Float[Array, "B H W"], Int32[Array, "B H W"]]:
-    """The `window` largest scores and where they stand, for rows that do not come in the order of earlier scores: among
-    equals the earlier token."""
-    index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    best, _, index = lax.sort((-scores, positions, index), num_keys=2)
-    return -best[..., :window], index[..., :window]
 
 
 def merge(left: Rows, right: Rows) -> Rows:
@@ -107,19 +98,19 @@ def token_scores(
     """What each token competes with for a row of the cache. Recency counts in float32: beyond 2**24 tokens neighbours tie,
     and the earlier stays. `magnitude` is what the state path reports for the scores that need it."""
     heads = v.shape[-2]
-    if config.rescored:  # made at the block's end
+    if config.score in RESCORED:  # made at the block's end
         return jnp.zeros(v.shape[:-1], jnp.float32)
     if config.score == "learned":
         assert learned is not None
         return lax.stop_gradient(learned.astype(jnp.float32))
     if config.score == "write":
-        return lax.stop_gradient(beta * jnp.linalg.norm(v.astype(jnp.float32), axis=-1))
+        magnitude = beta * jnp.linalg.norm(v.astype(jnp.float32), axis=-1)
     if config.score == "recency":
         return jnp.broadcast_to(positions[..., None].astype(jnp.float32), (*positions.shape, heads))
     if config.score == "random":
         return hashed_score(positions, heads, config.seed)
     assert magnitude is not None
-    return lax.stop_gradient(magnitude)
+    return weighed(config, lax.stop_gradient(magnitude), positions)
 
 
 def magnitude_kind(config: MemoryConfig) -> Magnitude | None:

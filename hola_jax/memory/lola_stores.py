@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Bool, Float, Int, Int32
+from hola_jax.memory.choice import best_by_position
 from hola_jax.memory.delta_rule import HIGHEST
-from hola_jax.memory.exact_cache import best_by_position
 from hola_jax.memory.lola_state import LEAST_FEATURE, LEAST_MASS, LolaParams
 from hola_jax.memory.state import EMPTY, select
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Float
+from hola_jax.memory.choice import log_score
 from hola_jax.memory.state import CacheParams, MemoryConfig
 
 EPSILON = 1e-6
@@ -31,6 +32,21 @@ def of_state(key: Float[Array, "... K"], params: CacheParams, config: MemoryConf
         return key
     assert params.key_scale is not None
     return unit_l2(jnp.where(params.key_scale == 0, 0.0, key / params.key_scale))
+
+
+def with_power(query: Float[Array, "... H K"], params: CacheParams) -> Float[Array, "... H K+1"]:
+    """Of a read whose softmax weights are multiplied by score ** power: one channel more, as `with_score` gives keys."""
+    assert params.power is not None
+    power = jnp.broadcast_to(params.power.astype(query.dtype), query.shape[:-1])
+    return jnp.concatenate([query, power[..., None]], axis=-1)
+
+
+def with_score(key: Float[Array, "..."], score: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Keys of h heads (along `axis`) as H heads have them, and behind each the logarithm of its score, which has no
+    gradient. That of a row without a token is some number."""
+    key = jnp.repeat(key, score.shape[axis] // key.shape[axis], axis=axis)
+    of_score = lax.stop_gradient(log_score(score)).astype(key.dtype)
+    return jnp.concatenate([key, of_score[..., None]], axis=-1)
 
 
 def for_reading(q: Array, k: Array, heads: int, params: CacheParams, config: MemoryConfig) -> tuple[Array, Array]:

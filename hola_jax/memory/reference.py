@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
+from hola_jax.memory.choice import log_score
 from hola_jax.memory.exact_cache import hashed_score
 from hola_jax.memory.learned import retained
 from hola_jax.memory.norms import of_state, rms_norm, unit_l2
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
+
+HEADS = "heads"  # the axis along which all heads see each other's scores
 
 
 class Head(NamedTuple):
@@ -56,6 +59,8 @@ def _score(config: MemoryConfig, token: Token, error: Array, position: Array, he
         "recall": jnp.float32(0),  # until the block is complete
         "learned": token.learned,
     }[config.score]
+    if config.fade is not None or config.read_credit:  # as a logarithm, so that an age can be added, or what reads gave
+        score = log_score(score) + (0.0 if config.fade is None else position / config.fade)
     return lax.stop_gradient(score)
 
 
@@ -82,6 +87,31 @@ def _start_document(memory: Head, document: Array) -> Head:
     )
 
 
+def _without_superseded(scores: Array, positions: Array, keys: Array, cosine: float) -> Array:
+    """Of pairs with one key the latest stays; each has the larger of its score and those of earlier ones."""
+    norms = jnp.linalg.norm(keys.astype(jnp.float32), axis=-1)
+
+    def one(score: Array, position: Array, key: Array, norm: Array) -> Array:
+        alike = (keys.astype(jnp.float32) @ key.astype(jnp.float32) >= cosine * norms * norm) & (scores > -jnp.inf)
+        largest = jnp.max(jnp.where(alike & (positions < position), scores, -jnp.inf))
+        gone = jnp.any(alike & (positions > position)) | (score == -jnp.inf)
+        return jnp.where(gone, -jnp.inf, jnp.maximum(score, largest))
+
+    return jax.vmap(one)(scores, positions, keys, norms)
+
+
+def _within_budget(scores: Array, positions: Array, budget: int) -> Array:
+    """Of this head's rows those that are among the best of all heads."""
+    others, of_others = lax.all_gather(scores, HEADS), lax.all_gather(positions, HEADS)
+    own, head = lax.axis_index(HEADS), jnp.arange(others.shape[0])[:, None]
+
+    def rank(score: Array, position: Array) -> Array:
+        earlier = (of_others < position) | ((of_others == position) & (head < own))
+        return jnp.sum((others > score) | ((others == score) & earlier))
+
+    return jnp.where(jax.vmap(rank)(scores, positions) < budget, scores, -jnp.inf)
+
+
 def _finish_block(memory: Head, visible: Array, block_start: Array, params: CacheParams, config: MemoryConfig) -> Head:
     """The best W of the cache and of the block's visible tokens; the earlier token wins a tie."""
     block, window = config.block, config.window
@@ -92,7 +122,11 @@ def _finish_block(memory: Head, visible: Array, block_start: Array, params: Cach
         error = of_state(keys, params, config) @ memory.fast_weights - values.astype(jnp.float32)
         scores = jnp.where(scores > -jnp.inf, lax.stop_gradient(jnp.linalg.norm(error, axis=-1)), -jnp.inf)
     positions = jnp.concatenate([memory.cache_positions, block_start + jnp.arange(block)])
+    if config.same_key is not None:
+        scores = _without_superseded(scores, positions, keys, config.same_key)
     best = jnp.lexsort((positions, -scores))[:window]
+    if config.budget is not None:
+        scores = scores.at[best].set(_within_budget(scores[best], positions[best], config.budget))
     filled = scores[best] > -jnp.inf
     return memory._replace(
         cache_keys=jnp.where(filled[:, None], keys[best], 0),
@@ -137,7 +171,12 @@ def _token(
     allowed = jnp.concatenate([memory.cache_scores > -jnp.inf, visible, jnp.ones(1, bool)])  # ... and the null sink
     keys = jnp.concatenate([memory.cache_keys, memory.block_keys]).astype(jnp.float32)
     values = jnp.concatenate([memory.cache_values, memory.block_values]).astype(jnp.float32)
-    logits = jnp.append(keys @ query, params.sink_logit[head])
+    products = keys @ query
+    if config.read_power:  # softmax weights times m ** power
+        assert params.power is not None
+        of_score = log_score(jnp.concatenate([memory.cache_scores, memory.block_scores]))
+        products = products + params.power[head] * lax.stop_gradient(of_score)
+    logits = jnp.append(products, params.sink_logit[head])
     weights = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))  # Eq. 7
     read = weights
     if config.read_energy is not None:  # the fewest that hold this share of the read
@@ -147,8 +186,8 @@ def _token(
         read = read / jnp.sum(read)
     o_cache = read[:-1] @ values
     out = o_state + jax.nn.sigmoid(params.gate_logit[head]) * o_cache
-    if config.score == "attention":  # H2O: a_j <- a_j + w_tj, the null sink in the softmax's sum
-        given = lax.stop_gradient(weights)
+    if config.read_weight:  # H2O: a_j <- a_j + w_tj, the null sink in the softmax's sum
+        given = config.read_weight * lax.stop_gradient(weights)
         memory = memory._replace(
             cache_scores=memory.cache_scores + given[: config.window],
             block_scores=memory.block_scores + given[config.window : -1],
@@ -191,7 +230,7 @@ def hola_reference(
     learned = jnp.zeros_like(beta) if learned is None else learned
     tokens = Token(jnp.repeat(q, group, axis=2), jnp.repeat(k, group, axis=2), v, beta, log_decay, learned, documents)
     after, out = jax.vmap(
-        lambda memory, tokens: jax.vmap(one_head, (memory_axes, per_head, 0), (after_axes, 1))(
+        lambda memory, tokens: jax.vmap(one_head, (memory_axes, per_head, 0), (after_axes, 1), axis_name=HEADS)(
             memory, tokens, jnp.arange(heads)
         )
     )(memory, tokens)

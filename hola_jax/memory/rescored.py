@@ -1,8 +1,8 @@
-"""The cache of blocks whose pairs are scored anew at each block's end.
+"""The cache of blocks that are ranked one after the other, each by what the one before left.
 
-Where a score changes while a pair is held, the best W of two runs no longer come from the best W of each: what a block drops
-may have been worth keeping later. So blocks are ranked one after the other, each by what the one before left. As in
-`exact_cache`, that names rows by place alone and no gradient flows through it; the read comes after, for all blocks.
+Where a score changes while a pair is held, or the choice looks at more than scores (`choice`), the best W of two runs no
+longer come from the best W of each: what a block drops may have been worth keeping later. As in `exact_cache`, ranking
+names rows by place alone and no gradient flows through it; the read comes after, for all blocks.
 
 "attention" (H2O) scores a pair by the softmax weights that reads have given it so far. So the scan over blocks makes each
 block's logits once for the choice, and the read makes them again: one product of queries and keys more.
@@ -23,7 +23,8 @@ from hola_jax.array_types import Array, Float, Int32
 from hola_jax.memory.align import Piece
 from hola_jax.memory.by_xla import Kept, heads_apart, kept_rows, read_masks, read_rows
 from hola_jax.memory.cache_read import mass_received
-from hola_jax.memory.exact_cache import Rows, best_by_position
+from hola_jax.memory.choice import best_of
+from hola_jax.memory.exact_cache import Rows
 from hola_jax.memory.norms import of_state
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState
 
@@ -75,7 +76,7 @@ def read_blocks(
     queries, keys, values, given, learned, before = still
     fixed = piece._replace(queries=queries, keys=keys, values=values)
     ranked = rank(fixed, given, positions, learned, config, before, states)
-    out = read_rows(piece, ranked.rows, params, config, state, fresh)
+    out = read_rows(piece, scores, ranked.rows, params, config, state, fresh)
     now = ranked.rows._replace(scores=ranked.scores_now)
     return out, kept_rows(piece, now, positions, whole, config, state, fresh), ranked.of_tokens
 
@@ -114,12 +115,13 @@ def rank(
 
     def step(cache: Cache, given: tuple[Block, Array | None]) -> tuple[Cache, tuple[Rows, Array, Array]]:
         block, after = given
-        if config.score == "attention":
-            now = _with_attention(cache, block, params, piece.several)
-            return _merge(cache, block, *now), (cache.rows, *now)
-        assert after is not None
-        anew = _of_state(after, cache, block, params, config)
-        return _merge(cache, block, *anew), (cache.rows, cache.rows.scores, block.scores.swapaxes(1, 2))
+        now = cache.rows.scores, block.scores.swapaxes(1, 2)
+        if config.read_weight:
+            given_now = _attention(cache, block, params, piece.several)
+            now = now[0] + config.read_weight * given_now[0], now[1] + config.read_weight * given_now[1]
+        if after is None:
+            return _merge(cache, block, *now, config), (cache.rows, *now)
+        return _merge(cache, block, *_of_state(after, cache, block, params, config), config), (cache.rows, *now)
 
     last, (before, now, of_tokens) = lax.scan(step, found, (blocks, states))
     return Ranked(
@@ -129,10 +131,10 @@ def rank(
     )
 
 
-def _with_attention(
+def _attention(
     cache: Cache, block: Block, params: CacheParams, several: bool
 ) -> tuple[Float[Array, "B H W"], Float[Array, "B H C"]]:
-    """Scores of the cache's rows and of the block's tokens, and what the block's reads add to them."""
+    """The softmax weights that the block's reads give the cache's rows and the block's tokens."""
     batch, tokens, heads, width = block.queries.shape
     key_heads, filled = block.keys.shape[2], cache.rows.scores > -jnp.inf
     masks = read_masks(filled, cache.rows.document, block.documents if several else None, key_heads)
@@ -141,7 +143,7 @@ def _with_attention(
     keys = (heads_apart(cache.keys, key_heads), block.keys[:, :, :, None])
     added = mass_received(queries, *keys, sink, masks, block.own > 0)
     of_cache, of_block = (x.reshape(batch, heads, -1) for x in added)
-    return cache.rows.scores + of_cache, block.scores.swapaxes(1, 2) + of_block
+    return of_cache, of_block
 
 
 def recall_error(
@@ -174,9 +176,11 @@ def _candidates(cache: Cache, block: Block) -> tuple[Float[Array, "B H X K"], Fl
     return keys, jnp.concatenate([cache.values, block.values.swapaxes(1, 2)], axis=2)
 
 
-def _merge(cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block: Float[Array, "B H C"]) -> Cache:
+def _merge(
+    cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block: Float[Array, "B H C"], config: MemoryConfig
+) -> Cache:
     """The best rows of the cache and of the block; a document that ended competes no more."""
-    heads, window = of_cache.shape[1:]
+    heads = of_cache.shape[1]
     document = jnp.maximum(cache.rows.document, jnp.max(block.documents, axis=1))
     of_cache = jnp.where((cache.rows.document == document)[:, None, None], of_cache, -jnp.inf)
     competes = (block.documents == document[:, None]) & (block.documents > 0)
@@ -187,10 +191,12 @@ def _merge(cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block
         return jnp.concatenate([rows, tokens], axis=-1)
 
     positions, places = joined(cache.positions, block.positions), joined(cache.rows.places, block.places)
-    best, index = best_by_position(scores, positions, window)
+    keys, values = _candidates(cache, block)
+    best, index = best_of(config, scores, positions, keys)
     take = jax.vmap(jax.vmap(lambda rows, at: rows[at]))
     return Cache(
         Rows(document, best, jnp.take_along_axis(places, index, axis=-1)),
         jnp.take_along_axis(positions, index, axis=-1),
-        *(take(candidates, index) for candidates in _candidates(cache, block)),
+        take(keys, index),
+        take(values, index),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
@@ -17,6 +18,7 @@ Scan = Literal["auto", "associative", "sequential"]
 Pytree = TypeVar("Pytree")
 
 RESCORED = ("attention", "recall")  # scores of a pair that change while it is held
+WRITTEN = ("surprise", "residual", "write")  # magnitudes that are fixed when a pair is written
 EMPTY = -1  # position of a cache row that holds no token
 
 
@@ -39,6 +41,16 @@ class MemoryConfig:
     seed         of the "random" score
     read_energy  share of its softmax weights that a read keeps, in (0, 1]: the fewest of the visible entries, the null sink
                  among them, whose weights reach it, renormalised (equals of the smallest kept stay too). None keeps all
+    read_power   whether a read multiplies a pair's softmax weight by its score to a learned power, which is 0 at first
+    fade         tokens in which a score loses a factor of e, so that of equals the later token stays. None: it never does
+    read_credit  what the softmax weights that reads gave a pair, added up, add to the logarithm of its score; negative:
+                 what was read gives way
+    same_key     cosine of two stored keys from which on the later pair takes the earlier's place, and the larger of both
+                 scores, when a block is complete. None keeps both
+    budget       rows that all heads of a layer hold together, none more than `window`; None: `window` each
+
+    The last five are not in the paper. `read_power`, `fade` and `read_credit` are of the scores that are fixed magnitudes:
+    surprise, residual and write.
     """
 
     window: int = 64
@@ -50,6 +62,11 @@ class MemoryConfig:
     state_scale: float | None = None
     seed: int = 0
     read_energy: float | None = None
+    read_power: bool = False
+    fade: float | None = None
+    read_credit: float = 0.0
+    same_key: float | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("window", 0), ("block", 1), ("chunk", 1)):
@@ -68,15 +85,53 @@ class MemoryConfig:
         energy = self.read_energy
         if energy is not None and not 0 < energy <= 1:
             raise ValueError(f"MemoryConfig.read_energy is {energy!r}; it must be None or a share in (0, 1]")
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        if self.fade is not None and not 0 < self.fade < math.inf:
+            raise ValueError(f"MemoryConfig.fade is {self.fade!r}; it must be None or a number of tokens above 0")
+        if not math.isfinite(self.read_credit):
+            raise ValueError(f"MemoryConfig.read_credit is {self.read_credit!r}; it must be a finite number")
+        if self.same_key is not None and not 0 < self.same_key < 1:
+            raise ValueError(f"MemoryConfig.same_key is {self.same_key!r}; it must be None or a cosine between 0 and 1")
+        budget = self.budget
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+            raise ValueError(f"MemoryConfig.budget is {budget!r}; it must be None or an integer of at least 1")
+        weighed = [name for name in ("read_power", "fade", "read_credit") if getattr(self, name)]
+        if weighed and self.score not in WRITTEN:
+            raise ValueError(
+                f"MemoryConfig.{weighed[0]} is {getattr(self, weighed[0])!r} and the score {self.score!r}; it is of the "
+                f"scores {', '.join(WRITTEN)}"
+            )
+        if self.read_power and len(weighed) > 1:
+            raise ValueError(
+                f"MemoryConfig.read_power goes with scores as they are, and {weighed[1]} is {getattr(self, weighed[1])!r}"
+            )
 
     def scale(self, key_dim: int) -> float:
         """The factor on the state's output."""
         return key_dim**-0.5 if self.state_scale is None else self.state_scale
 
     @property
+    def read_options(self) -> str:
+        """What says which `CacheParams` there must be."""
+        return f"read={self.read!r}" + (", read_power=True" if self.read_power else "")
+
+    @property
     def rescored(self) -> bool:
-        """Whether pairs are scored anew at each block's end, so that blocks must be ranked one after the other."""
-        return self.score in RESCORED
+        """Whether what a block drops might have been worth keeping later, so that blocks are ranked one after the other."""
+        return self.score in RESCORED or bool(self._beside_the_score)
+
+    @property
+    def _beside_the_score(self) -> str:
+        """What else decides at a block's end."""
+        values = {"read_credit": self.read_credit or None, "same_key": self.same_key, "budget": self.budget}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items() if value is not None)
+
+    @property
+    def read_weight(self) -> float:
+        """What a softmax weight adds to the score of the pair that it is given to."""
+        return 1.0 if self.score == "attention" else self.read_credit
 
     @property
     def only_xla(self) -> str:
@@ -85,7 +140,11 @@ class MemoryConfig:
             return f"read_energy={self.read_energy} drops entries of each read, which no kernel does"
         if self.score == "learned":
             return "score='learned' has a gradient of its own, which no kernel gives"
-        return f"score={self.score!r} is made anew at each block's end, which no kernel does" if self.rescored else ""
+        if self.read_power or self.fade is not None:
+            name = "read_power" if self.read_power else "fade"
+            return f"{name}={getattr(self, name)!r} changes what a score does, which no kernel knows"
+        why = self._beside_the_score or f"score={self.score!r}"
+        return f"{why} is decided anew at each block's end, which no kernel does" if self.rescored else ""
 
     def meaning(self) -> MemoryConfig:
         """This configuration without the fields that change only how fast the result comes."""
@@ -93,13 +152,15 @@ class MemoryConfig:
 
 
 class CacheParams(NamedTuple):
-    """What the exact cache learns. The read "rmsnorm" needs the two scales, the read "unit_l2" the temperature."""
+    """What the exact cache learns. The read "rmsnorm" needs the two scales, the read "unit_l2" the temperature, and
+    `read_power` the power."""
 
     query_scale: Float[Array, " K"] | None
     key_scale: Float[Array, " K"] | None
     sink_logit: Float[Array, " H"]
     gate_logit: Float[Array, " H"]
     temperature: Float[Array, " H"] | None = None
+    power: Float[Array, " H"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -12,10 +12,11 @@ from jax import lax
 from hola_jax.array_types import Array, Bool, Float, Int32
 from hola_jax.memory.align import Inputs
 from hola_jax.memory.cache_read import read_token
+from hola_jax.memory.choice import best_of
 from hola_jax.memory.delta_rule import delta_rule_token
-from hola_jax.memory.exact_cache import best_by_position, best_rows, token_scores
+from hola_jax.memory.exact_cache import best_rows, token_scores
 from hola_jax.memory.learned import retained
-from hola_jax.memory.norms import for_reading, unit_l2
+from hola_jax.memory.norms import for_reading, unit_l2, with_power, with_score
 from hola_jax.memory.poison import cleaned, not_finite, spoil
 from hola_jax.memory.rescored import recall_error
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState, select
@@ -109,20 +110,26 @@ def run_token(
     seen = (index <= fill[:, None]) & ((state.position - fill)[:, None] + index >= document_start[:, None])
     filled = rows.cache_scores > -jnp.inf
 
+    of_cache, of_block = rows.cache_keys, rows.block_keys
+    if config.read_power:
+        query = with_power(query, params)
+        of_cache, of_block = with_score(of_cache, rows.cache_scores, 1), with_score(of_block, rows.block_scores, 1)
+        key_heads, group = heads, 1
+
     def apart(x: Array) -> Array:
         return x.reshape(batch, key_heads, group, *x.shape[2:])
 
     o_cache, given = read_token(
         apart(query),
-        [apart(rows.cache_keys), rows.block_keys[:, :, None]],
+        [apart(of_cache), of_block[:, :, None]],
         [apart(rows.cache_values), apart(rows.block_values)],
         [apart(filled), jnp.broadcast_to(seen[:, None, None], (batch, key_heads, group, block))],
         params.sink_logit.reshape(key_heads, group),
         config.read_energy,
     )
     o_cache, given = (x.reshape(batch, heads, -1) for x in (o_cache, lax.stop_gradient(given)))
-    if config.score == "attention":
-        given = jnp.where(real[:, None, None], given, 0.0)
+    if config.read_weight:
+        given = jnp.where(real[:, None, None], config.read_weight * given, 0.0)
         rows = rows._replace(
             cache_scores=rows.cache_scores + given[..., : config.window],
             block_scores=rows.block_scores + given[..., config.window :],
@@ -182,7 +189,7 @@ def _merge(
         error = lax.stop_gradient(recall_error(fast_weights, keys, values, params, config))
         scores = jnp.where(scores > -jnp.inf, error, -jnp.inf)
     if config.rescored:
-        best, index = best_by_position(scores, positions, window)
+        best, index = best_of(config, scores, positions, keys)
     else:
         best, index = best_rows(scores, lax.broadcasted_iota(jnp.int32, scores.shape, 2), window)
     filled = best > -jnp.inf

@@ -99,18 +99,20 @@ def inputs(
     if not isinstance(params, CacheParams):
         raise TypeError(f"cache_params is a {type(params).__name__}; it must be a CacheParams")
     needed = ("query_scale", "key_scale") if config.read == "rmsnorm" else ("temperature",)
+    needed = (*needed, "power") if config.read_power else needed
     sizes = {
         "query_scale": key_dim,
         "key_scale": key_dim,
         "temperature": heads,
         "sink_logit": heads,
         "gate_logit": heads,
+        "power": heads,
     }
     for name in (*needed, "sink_logit", "gate_logit"):
         value = getattr(params, name)
         if value is None:
             raise ValueError(
-                f"cache_params.{name} is None; read={config.read!r} needs an array of {sizes[name]} numbers"
+                f"cache_params.{name} is None; {config.read_options} needs an array of {sizes[name]} numbers"
             )
         letter = "K" if sizes[name] == key_dim and name.endswith("scale") else "H"
         _has_shape(f"cache_params.{name}", value, (sizes[name],), letter, f"v {tuple(v.shape)} and k {tuple(k.shape)}")

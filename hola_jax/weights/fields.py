@@ -43,6 +43,11 @@ _MEMORY = {  # of config.json: of MemoryConfig
     "cache_read": "read",
     "cache_seed": "seed",
     "cache_read_energy": "read_energy",
+    "cache_read_power": "read_power",
+    "cache_fade": "fade",
+    "cache_read_credit": "read_credit",
+    "cache_same_key": "same_key",
+    "cache_budget": "budget",
     "state_scale": "state_scale",
 }
 _NEEDED_MEMORY = ("cache_window", "cache_block", "cache_score", "cache_read")

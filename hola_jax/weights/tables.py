@@ -59,6 +59,7 @@ _SHARP_READ = [
     Row(f"{LAYER}attn.cache_k_norm.weight", "blocks.mixer.cache.key_scale"),
 ]
 _UNIT_READ = [Row(f"{LAYER}attn.cache_temperature", "blocks.mixer.cache.temperature")]
+_POWER = [Row(f"{LAYER}attn.cache_power", "blocks.mixer.cache.power")]
 _BLOCK = [
     Row(f"{LAYER}attn_norm.weight", "blocks.mixer_norm.scale"),
     Row(f"{LAYER}mlp_norm.weight", "blocks.mlp_norm.scale"),
@@ -91,12 +92,13 @@ def rows(config: ModelConfig) -> list[Row]:
                 "score 'learned' has no Hugging Face keys for its net of convolutions; keep such a model as a run folder"
             )
         table += [*_CACHE, *(_SHARP_READ if config.memory.read == "rmsnorm" else _UNIT_READ)]
+        table += _POWER if config.memory.read_power else []
     return table
 
 
 def known_keys() -> set[str]:
     """Every key that some table has."""
-    return {row.key for row in [*_ENDS, _HEAD, *_BLOCK, *_DELTA, _GATE, *_CACHE, *_SHARP_READ, *_UNIT_READ]}
+    return {row.key for row in [*_ENDS, _HEAD, *_BLOCK, *_DELTA, _GATE, *_CACHE, *_SHARP_READ, *_UNIT_READ, *_POWER]}
 
 
 @cache
@@ -126,7 +128,7 @@ def ours(row: Row, x: np.ndarray) -> np.ndarray:
     return x.T if row.layout == "transposed" else x[:, 0].T
 
 
-_VECTORS = {row.key for row in [*_CACHE, *_SHARP_READ, *_UNIT_READ]}
+_VECTORS = {row.key for row in [*_CACHE, *_SHARP_READ, *_UNIT_READ, *_POWER]}
 
 
 def shape_there(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:

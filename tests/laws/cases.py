@@ -16,14 +16,19 @@ B, T, KEY_HEADS, H, K, V = 2, 37, 1, 2, 8, 6
 CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 # Scores that change while a pair is held, and run on a path of their own, in plain XLA.
 RESCORED = {score: MemoryConfig(window=4, block=8, chunk=4, score=score) for score in ("attention", "recall")}
-# With those that are learned, all whose path is not that of "surprise".
-OTHER = RESCORED | {"learned": MemoryConfig(window=4, block=8, chunk=4, score="learned")}
+# With those that are learned, and what else may decide or weigh, all whose path is not that of "surprise".
+OTHER = RESCORED | {
+    "learned": MemoryConfig(window=4, block=8, chunk=4, score="learned"),
+    "choice": MemoryConfig(window=4, block=8, chunk=4, fade=9.0, read_credit=-0.7, same_key=0.5, budget=5),
+    "power": MemoryConfig(window=4, block=8, chunk=4, read_power=True),
+}
 PARAMS = CacheParams(
     query_scale=jnp.linspace(0.8, 1.3, K),
     key_scale=jnp.linspace(1.2, 0.7, K),
     sink_logit=jnp.array([0.3, -0.5]),
     gate_logit=jnp.array([0.5, -1.0]),
     temperature=jnp.array([2.0, 3.0]),
+    power=jnp.array([0.4, -0.3]),
 )
 # Two documents behind left padding; two documents (ids with a gap) and right padding, in mid-block and mid-chunk.
 SEGMENTS = np.ones((B, T), np.int32)

@@ -10,7 +10,7 @@ from tests.laws.cases import KEY_HEADS, OTHER, PARAMS, SEGMENTS, B, H, K, T, V, 
 def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -> np.ndarray:
     """Every token looks back over ALL earlier tokens: no merge, no state of constant size, no block buffer."""
     q, k, v, beta, g = (np.asarray(x, np.float64) for x in arrays)
-    qs, ks, sink, gate, temperature = (np.asarray(x, np.float64) for x in params)
+    qs, ks, sink, gate, temperature, power = (np.asarray(x, np.float64) for x in params)
 
     def unit(x):
         return x / np.sqrt(np.sum(x * x) + 1e-6)
@@ -20,18 +20,19 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
 
     out = np.zeros((B, T, H, V))
     for b in range(B):
-        for h in range(H):
-            state, document, seen = np.zeros((K, V)), 0, []  # seen: [position, score, key, value, state's key]
-            position = 0
-            for t in range(T):
-                if segments[b, t] == 0:
-                    continue
-                if segments[b, t] != document:
-                    state, document, seen = np.zeros((K, V)), segments[b, t], []
+        heads = [{"state": np.zeros((K, V)), "document": 0, "seen": []} for _ in range(H)]
+        position = 0
+        for t in range(T):
+            if segments[b, t] == 0:
+                continue
+            for h, head in enumerate(heads):
                 qt, kt, vt = q[b, t, h // (H // KEY_HEADS)], k[b, t, h // (H // KEY_HEADS)], v[b, t, h]
+                if segments[b, t] != head["document"]:
+                    head.update(state=np.zeros((K, V)), document=segments[b, t], seen=[])
+                seen = head["seen"]  # of each: position, score, key, value, the state's key
                 alpha = np.exp(g[b, t, h])
-                e = vt - alpha * unit(kt) @ state
-                state = alpha * state + beta[b, t, h] * np.outer(unit(kt), e)
+                e = vt - alpha * unit(kt) @ head["state"]
+                head["state"] = state = alpha * head["state"] + beta[b, t, h] * np.outer(unit(kt), e)
                 o = K**-0.5 * unit(qt) @ state
                 score = {
                     "surprise": beta[b, t, h] * np.linalg.norm(e),
@@ -40,6 +41,8 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                     "recency": position,
                     "learned": vt @ np.cos(np.arange(V)),
                 }.get(config.score, 0.0)
+                if config.fade:
+                    score = np.log(score * np.exp(position / config.fade))
                 if config.read == "rmsnorm":
                     key, query = rms(kt, ks), rms(qt, qs) / np.sqrt(K)
                 else:
@@ -47,37 +50,54 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                 seen.append([position, score, key, vt, unit(kt)])
                 first = position - position % config.block
                 earlier = sorted((s for s in seen if s[0] < first), key=lambda s: (-s[1], s[0]))[: config.window]
-                visible = earlier + [s for s in seen if s[0] >= first]
-                if config.rescored:
-                    visible = seen
+                visible = seen if config.rescored else earlier + [s for s in seen if s[0] >= first]
                 weights = np.exp([s[2] @ query for s in visible])
+                if config.read_power:
+                    weights = weights * np.array([s[1] for s in visible]) ** power[h]
                 o_cache = weights @ np.array([s[3] for s in visible]) / (np.sum(weights) + np.exp(sink[h]))
                 out[b, t, h] = o + o_cache / (1 + np.exp(-gate[h]))
-                position += 1
-                if config.rescored:  # what is dropped is dropped for good
-                    if config.score == "attention":
-                        for s, weight in zip(seen, weights / (np.sum(weights) + np.exp(sink[h])), strict=True):
-                            s[1] += weight
-                    if position % config.block == 0:
-                        if config.score == "recall":
-                            for s in seen:
-                                s[1] = np.linalg.norm(s[4] @ state - s[3])
-                        seen = sorted(seen, key=lambda s: (-s[1], s[0]))[: config.window]
+                for s, weight in zip(visible, weights / (np.sum(weights) + np.exp(sink[h])), strict=True):
+                    s[1] += (1.0 if config.score == "attention" else config.read_credit) * weight
+            position += 1
+            if config.rescored and position % config.block == 0:  # what is dropped is dropped for good
+                dropped(heads, config)
     return out
 
 
+def dropped(heads, config: MemoryConfig) -> None:
+    """Of all heads, at a block's end."""
+    for head in heads:
+        seen = head["seen"]
+        if config.score == "recall":
+            for s in seen:
+                s[1] = np.linalg.norm(s[4] @ head["state"] - s[3])
+        if config.same_key:
+            unit = [s[2] / np.linalg.norm(s[2]) for s in seen]
+            alike = [[a @ b >= config.same_key for b in unit] for a in unit]
+            scores = [s[1] for s in seen]
+            for n, s in enumerate(seen):
+                s[1] = max(scores[m] for m in range(n + 1) if alike[m][n])
+                s[1] = -np.inf if any(alike[n][n + 1 :]) else s[1]
+        head["seen"] = sorted((s for s in seen if s[1] > -np.inf), key=lambda s: (-s[1], s[0]))[: config.window]
+        head["seen"].sort(key=lambda s: s[0])
+    if config.budget:
+        scores = sorted((s[1] for head in heads for s in head["seen"]), reverse=True)[: config.budget]
+        for head in heads:
+            head["seen"] = [s for s in head["seen"] if s[1] >= scores[-1]]
+
+
 @pytest.mark.parametrize(
-    ("score", "read"),
+    ("way", "read"),
     [
         pytest.param("surprise", "rmsnorm", marks=pytest.mark.oldest),
         ("residual", "unit_l2"),
         ("write", "rmsnorm"),
         ("recency", "unit_l2"),
     ]
-    + [(score, "rmsnorm") for score in OTHER],
+    + [(way, "rmsnorm") for way in OTHER],
 )
-def test_reference_is_the_equations(score, read):
-    config = MemoryConfig(window=4, block=8, chunk=4, score=score, read=read)
+def test_reference_is_the_equations(way, read):
+    config = OTHER.get(way) or MemoryConfig(window=4, block=8, chunk=4, score=way, read=read)
     arrays = inputs()
     out, _ = compiled(config, "reference")(arrays, SEGMENTS)
     assert_close(out, by_definition(arrays, PARAMS, config, SEGMENTS), atol=5e-6)

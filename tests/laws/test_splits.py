@@ -55,7 +55,7 @@ def test_whole_is_split(cuts, segments, implementation):
 
 
 @pytest.mark.parametrize(
-    ("score", "implementation", "segments"),
+    ("config", "implementation", "segments"),
     [
         ("surprise", "xla", None),
         ("surprise", "reference", None),
@@ -66,11 +66,11 @@ def test_whole_is_split(cuts, segments, implementation):
         pytest.param("residual", "xla", SEGMENTS, marks=pytest.mark.slow),
         pytest.param("write", "xla", SEGMENTS, marks=pytest.mark.slow),
         pytest.param("random", "xla", SEGMENTS, marks=pytest.mark.slow),
-        *((score, "xla", SEGMENTS) for score in OTHER),
+        *((name, "xla", SEGMENTS) for name in OTHER),
     ],
 )
-def test_whole_is_token_by_token(score, implementation, segments):
-    config = MemoryConfig(window=4, block=8, chunk=4, score=score)
+def test_whole_is_token_by_token(config, implementation, segments):
+    config = OTHER.get(config) or MemoryConfig(window=4, block=8, chunk=4, score=config)
     arrays = inputs(1)
     whole, state = compiled(config)(arrays, segments)
     steps, after = run_in_pieces(compiled(config, implementation), arrays, segments, list(range(1, T)), empty(config))

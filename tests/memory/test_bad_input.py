@@ -51,7 +51,7 @@ REFUSED = {
     "new scores by pallas": (
         {"config": RESCORED["attention"], "implementation": "pallas"},
         NotImplementedError,
-        "score='attention' is made anew at each block's end, which no kernel does; use implementation='xla'",
+        "score='attention' is decided anew at each block's end, which no kernel does; use implementation='xla'",
     ),
     "new scores by kernel": (
         {"config": RESCORED["attention"], "implementation": "interpret"},
@@ -67,6 +67,21 @@ REFUSED = {
         {"config": MemoryConfig(read_energy=0.9), "implementation": "pallas"},
         NotImplementedError,
         "read_energy=0.9 drops entries of each read, which no kernel does",
+    ),
+    "a choice by pallas": (
+        {"config": OTHER["choice"], "implementation": "pallas"},
+        NotImplementedError,
+        "fade=9.0 changes what a score does, which no kernel knows",
+    ),
+    "heads together by pallas": (
+        {"config": MemoryConfig(budget=6, same_key=0.9), "implementation": "pallas"},
+        NotImplementedError,
+        "same_key=0.9, budget=6 is decided anew at each block's end, which no kernel does",
+    ),
+    "no power": (
+        {"config": OTHER["power"], "params": PARAMS._replace(power=None)},
+        ValueError,
+        "cache_params.power is None; read='rmsnorm', read_power=True needs an array of 2 numbers",
     ),
     "nothing learned": ({"config": OTHER["learned"]}, ValueError, "learned is not given and the score is 'learned'"),
     "learned for another": ({"learned": BETA}, ValueError, "learned is given and the score is 'surprise'"),
@@ -156,4 +171,4 @@ def test_a_check_that_is_off_costs_nothing():
     text = str(jax.make_jaxpr(lambda a: hola_memory(*a, PARAMS, config=CONFIG))(inputs()))
     assert "check" not in text.replace("checkpoint", "")
     assert np.all(np.isfinite(compiled(CONFIG)(inputs())[0]))
-    assert CacheParams._fields == ("query_scale", "key_scale", "sink_logit", "gate_logit", "temperature")
+    assert CacheParams._fields[:4] == ("query_scale", "key_scale", "sink_logit", "gate_logit")

@@ -88,7 +88,7 @@ NO_KERNEL = {
     "window=0 keeps no cache": PAPER._replace(window=0),
     "not one per key channel": memory_work(preset("kda-340m")),
     "does not write by the delta rule": memory_work(preset("gla-340m")),
-    "score='attention' is made anew at each block's end": memory_work(BY_ATTENTION),
+    "score='attention' is decided anew at each block's end": memory_work(BY_ATTENTION),
 }
 
 

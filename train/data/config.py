@@ -70,6 +70,10 @@ class Facts:
     """How many keys there are, how many values, and how many tokens of noise where `noise` is None."""
     noise: Text | None = None
     """The text among which the facts stand: its tokens come first, keys and values behind them. None draws it at random."""
+    answers_count: int | None = None
+    """So many times what a token of that text does, which then counts too. None: answers alone count."""
+    corrected: float = 0.0
+    """Share of a row's facts that are told once more, later and with another value, which is then the answer."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.fewest <= self.most <= self.kinds:
@@ -81,6 +85,16 @@ class Facts:
             raise ValueError(f"Facts.asked is {self.asked}; it must be at least 1")
         if not 0 <= self.told[0] < self.told[1] <= 0.75:
             raise ValueError(f"Facts.told is {self.told}; it must be two shares from 0 to 0.75, the smaller first")
+        if self.answers_count is not None:
+            if self.noise is None:
+                raise ValueError("Facts.answers_count is of a text, and noise is None: random tokens teach nothing")
+            if not 1 <= self.answers_count <= 255:
+                raise ValueError(f"Facts.answers_count is {self.answers_count}; it must be None or from 1 to 255")
+        if not 0 <= self.corrected <= 1 or (self.corrected and self.kinds < 2):
+            raise ValueError(
+                f"Facts.corrected is {self.corrected} with kinds={self.kinds}; it must be a share from 0 to 1, and above 0 "
+                "there must be two values to choose from"
+            )
 
 
 Part = Text | Facts

@@ -28,9 +28,10 @@ from train.data.tokens import InMemory, Tokens
 
 
 class MapRows(Protocol):
-    """rows[i] is {"tokens" int32, "segment_ids" int32, "mask" bool}, each [T+1]; the same for the same (seed, i), any i.
+    """rows[i] is {"tokens" int32, "segment_ids" int32, "mask"}, each [T+1]; the same for the same (seed, i), any i.
 
-    Segments count from 1 in each row. mask[t] says that token t+1 is to be predicted from token t. Rows without end have
+    Segments count from 1 in each row. mask[t] says how often token t+1 counts when it is predicted from token t: 0 or 1, or
+    a number. Rows without end have
     the length sys.maxsize.
     """
 

@@ -13,18 +13,21 @@ from train.data.config import Facts, Mixture, Source
 from train.overrides import override
 
 NAME = re.compile(r"[\w+.-]+")
+Shows = Literal["accuracy", "perplexity", "spike", "sink"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """What a trained model is asked: held-out rows of a source, and what of the answer a table shows.
 
+    shows   "accuracy" or "perplexity" of the tokens that count; or, over depth (docs/depth.md), "spike", the largest
+            activation in medians of its depth, or "sink", the share of heads whose reads rest on the first token
     rows    so many of the source's first rows; 0 takes all, of a source that ends
     length  tokens of a row; None is as many as in training
     """
 
     source: Source
-    shows: Literal["accuracy", "perplexity"] = "accuracy"
+    shows: Shows = "accuracy"
     rows: int = 256
     length: int | None = None
 
@@ -79,7 +82,7 @@ class Study:
                 raise ValueError(f"Study.across names {name!r}; the study measures {', '.join(self.measures)}")
         if len({self.measures[name].shows for name in self.across}) > 1:
             raise ValueError(
-                "the measures of Study.across show different things; one plot has accuracies or perplexities"
+                "the measures of Study.across show different things; one plot has accuracies or perplexities alone"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"the seeds {self.seeds} name one twice")

@@ -13,6 +13,7 @@ from train.overrides import from_dict
 from train.study.config import Cell, Measure, Study
 from train.whole import write_whole
 
+DIGITS = {"accuracy": ".3f", "perplexity": ".2f", "spike": ".1f", "sink": ".2f"}
 Result = dict[str, Any]
 Results = dict[Cell, Result]
 
@@ -68,13 +69,14 @@ def same_run(study: Study, cell: Cell, folder: Path) -> tuple[Path, Result] | No
 
 
 def value(study: Study, measure: str, result: Result) -> float:
-    """What the table shows of a measure."""
-    numbers = result["measures"][measure]
-    return math.exp(numbers["nats"]) if study.measures[measure].shows == "perplexity" else float(numbers["accuracy"])
+    """What the table shows of a measure; NaN where a model has no such thing."""
+    numbers, shows = result["measures"][measure], study.measures[measure].shows
+    found = math.exp(numbers["nats"]) if shows == "perplexity" else numbers[shows]
+    return math.nan if found is None else float(found)
 
 
 def better(study: Study, measure: str, one: float, other: float) -> bool:
-    return one < other if study.measures[measure].shows == "perplexity" else one > other
+    return one > other if study.measures[measure].shows == "accuracy" else one < other
 
 
 def table(study: Study, results: Results) -> list[str]:
@@ -87,10 +89,10 @@ def table(study: Study, results: Results) -> list[str]:
         entries = [row]
         for measure in study.measures:
             values = {seed: value(study, measure, result) for seed, result in mine.items()}
-            if not values:
+            if not values or any(map(math.isnan, values.values())):
                 entries.append("")
                 continue
-            digits = ".2f" if study.measures[measure].shows == "perplexity" else ".3f"
+            digits = DIGITS[study.measures[measure].shows]
             text = f"{statistics.mean(values.values()):{digits}}"
             if len(values) > 1:
                 text += f" ± {statistics.stdev(values.values()):{digits}}"

@@ -1,9 +1,11 @@
 """Facts among noise: each question has one answer, told before it; the same rows for the same seed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from train.data.config import Facts
+from train.data.config import Facts, TextFolder
 from train.data.facts import FactRows
 from train.data.loader import identity, open_source
 
@@ -45,15 +47,32 @@ def test_facts_stand_where_they_are_wanted():
         assert 10 <= np.flatnonzero((tokens >= 64) & (tokens < 128))[0] < 30
 
 
-def test_they_stand_in_a_text_whose_tokens_stay(tmp_path):
-    from train.data.config import TextFolder
+def test_a_corrected_fact_is_told_twice_and_the_later_value_is_the_answer():
+    rows = FactRows(Facts(most=6, fewest=2, asked=4, kinds=16, corrected=0.5), 64, seed=3, first=16)
+    for index in range(60):
+        row = rows[index]
+        tokens = row["tokens"]
+        latest, asked = facts(row)
+        values: dict[int, list[int]] = {}
+        for t in np.flatnonzero((tokens[:48] >= 16) & (tokens[:48] < 32)):
+            values.setdefault(int(tokens[t]), []).append(int(tokens[t + 1]))
+        twice = [each for each in values.values() if len(each) == 2]
+        assert len(twice) == round(len(values) / 2) and all(old != new for old, new in twice)
+        assert all(32 <= value < 48 for each in values.values() for value in each)
+        assert all(latest[key] == value for key, value, _ in asked)
 
+
+def test_they_stand_in_a_text_whose_tokens_stay(tmp_path):
     (tmp_path / "a.txt").write_text("words of the text " * 40)
     task = Facts(most=2, noise=TextFolder(str(tmp_path), held_out=0.0), kinds=8)
     assert identity(task)["vocab_size"] == 256 + 16 and identity(task)["tokenizer"] == "bytes"
     row = open_source(task, split="train", vocab_size=272, row=64, seed=0)[0]
     text = row["tokens"][row["tokens"] < 256]
     assert len(text) >= 65 - 8 and set(bytes(text.astype(np.uint8))) <= {*b"words of the text ", 255}
+    counted = dataclasses.replace(task, answers_count=9)
+    both = open_source(counted, split="train", vocab_size=272, row=64, seed=0)[0]
+    assert np.array_equal(both["tokens"], row["tokens"])
+    assert np.array_equal(both["mask"][:-1], 9 * row["mask"][:-1] + (row["tokens"][1:] < 256)) and not both["mask"][-1]
     with pytest.raises(ValueError, match="vocabulary of 100"):
         open_source(task, split="train", vocab_size=100, row=64, seed=0)
 
@@ -68,6 +87,10 @@ def test_what_does_not_fit_is_refused():
         {"asked": 0},
         {"told": (0.5, 0.2)},
         {"told": (0, 1)},
+        {"answers_count": 2},
+        {"answers_count": 0, "noise": TextFolder("texts")},
+        {"corrected": 1.5},
+        {"corrected": 0.5, "kinds": 1, "most": 1},
     ):
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(ValueError, match=r"must be|is of a text"):
             Facts(**wrong)
