@@ -151,8 +151,11 @@ class ModelScorer:
             waiting += [Rest(n, prompts[n][here.length :], memory) for n in here.alone]
             waiting.sort(key=lambda rest: -len(rest.tokens))
             stack += [(longer, memory) for longer in here.longer]
-            while waiting and (not stack or len(waiting) >= self._rows(len(waiting[0].tokens))):
-                most = self._rows(len(waiting[0].tokens))
+            while waiting:
+                # By whole prompts, though less is in flight: what is shared makes no batch have more rows, each a memory.
+                most = self._rows(max(len(prompts[rest.number]) for rest in waiting))
+                if stack and len(waiting) < most:
+                    break
                 batch, waiting = waiting[:most], waiting[most:]
                 yield batch
 

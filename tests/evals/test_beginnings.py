@@ -71,6 +71,13 @@ def test_prompts_without_a_common_beginning_go_in_full_batches(monkeypatch):
     assert [shape for shape, _ in calls] == [(4, PIECE)] * 4
 
 
+def test_a_batch_has_no_more_rows_because_little_is_left_to_read(monkeypatch):
+    monkeypatch.setattr(Generator, "read", lambda self, prompts, prefix=None: prefix)
+    prompts = [behind(TRUNK[:64], 5, n) for n in range(4)]
+    batches = ModelScorer(model(), piece=64, batch_tokens=128)._rests(prompts)
+    assert [[len(rest.tokens) for rest in batch] for batch in batches] == [[5, 5]] * 2
+
+
 def test_every_prompt_stands_once_in_the_tree_and_has_a_token_left():
     for prompts in PROMPTS.values():
         stack, found = [beginnings(prompts, PIECE)], []
