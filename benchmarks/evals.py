@@ -2,7 +2,7 @@
 
 samples        makes samples of RULER at a length, for each task
 loglikelihood  tokens per second of the batched scorer beside those of the training loss's forward pass, on the same rows
-needles        a few samples of S-NIAH-1, answered by a model with random numbers, and from those what a hundred would take
+needles        a hundred samples of S-NIAH-1, answered by a model with random numbers, beginnings that they share read once
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 from flax import nnx
 
 from hola_jax import LanguageModel, preset
-from hola_jax.evals import ModelScorer, Setting, prepare, ruler
+from hola_jax.evals import ModelScorer, ruler
+from hola_jax.evals.beginnings import beginnings, tokens_read
 from hola_jax.evals.haystack import Essay
 from hola_jax.losses import chunked_loss
 from hola_jax.model import Params
@@ -82,26 +83,22 @@ def loglikelihood(options: Any) -> None:
 
 
 def needles(options: Any) -> None:
-    """Compilation apart: the first batch is answered twice."""
-    model = made_model(options)
-    setting = Setting(
-        tokenizer=tokenizers.load(options.tokenizer),
-        prefix=0,
-        window=options.length,
-        vocab_size=model.config.vocab_size,
-        samples=options.samples,
-    )
-    cell = prepare([f"ruler/s_niah_1@{options.length}"], setting)[0]
+    """With compilation. How much is shared grows with the samples, so a few do not tell what many take."""
+    model, tokenizer = made_model(options), tokenizers.load(options.tokenizer)
+    made = ruler.make("s_niah_1", length=options.length, samples=options.samples, seed=42, tokenizer=tokenizer)
+    prompts = tokenizer.encode([sample.prompt for sample in made])
     scorer = ModelScorer(model, batch_tokens=options.batch_tokens)
-    for what in ("with compilation", "compiled"):
-        start, processor = time.perf_counter(), time.process_time()
-        cell.measure(scorer, lambda rows: None)
-        spent, processor = time.perf_counter() - start, time.process_time() - processor
-        print(
-            f"{options.samples} samples of {options.length} tokens {what}: {spent:.1f} s, {processor:.1f} s of processor",
-            flush=True,
-        )
-    print(f"100 would take {spent * 100 / options.samples / 60:.1f} minutes (an estimate from {options.samples})")
+    read, total = tokens_read(beginnings(prompts, scorer.piece), prompts), sum(map(len, prompts))
+    print(f"{len(prompts)} prompts of {total:,} tokens; {read:,} of them are read ({read / total:.1%})", flush=True)
+    answered, start, processor = 0, time.perf_counter(), time.process_time()
+
+    def done(rows: int) -> None:
+        nonlocal answered
+        answered += rows
+        wall, spent = time.perf_counter() - start, time.process_time() - processor
+        print(f"{answered} answered: {wall / 60:.1f} minutes, {spent / 60:.1f} of processor time", flush=True)
+
+    scorer.greedy(prompts, ruler.generated("s_niah_1"), done=done)
 
 
 def made_model(options: Any) -> LanguageModel:
@@ -118,14 +115,14 @@ def main() -> None:
     parser.add_argument(
         "--length", type=int, help="tokens; 32768 for samples, 2048 for loglikelihood, 8192 for needles"
     )
-    parser.add_argument("--samples", type=int, help="100 for samples, 4 for needles")
+    parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     options = parser.parse_args()
-    usual = {"samples": (samples, 32768, 100), "loglikelihood": (loglikelihood, 2048, 1), "needles": (needles, 8192, 4)}
-    action, length, count = usual[options.what]
-    options.length, options.samples = options.length or length, options.samples or count
+    usual = {"samples": (samples, 32768), "loglikelihood": (loglikelihood, 2048), "needles": (needles, 8192)}
+    action, length = usual[options.what]
+    options.length = options.length or length
     print(f"{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}: jax {jax.__version__}, {jax.devices()[0].device_kind}")
     action(options)
 

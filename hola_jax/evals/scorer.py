@@ -1,7 +1,8 @@
 """What an evaluation asks of a model, and a model that answers: log-probabilities of given tokens, and greedy continuations.
 
 `ModelScorer` scores by the model's own call, rows going through it in pieces of fixed length with the state handed on, so
-neither memory nor the number of compiled programs grows with the length of a row; it continues by `hola_jax.Generator`.
+neither memory nor the number of compiled programs grows with the length of a row; it continues by `hola_jax.Generator`, and
+what prompts begin with together is read once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from jax import lax
 
 from hola_jax.array_types import Array
 from hola_jax.config import ModelConfig
-from hola_jax.inference import GREEDY, Generator, Request
+from hola_jax.evals.beginnings import Beginning, beginnings
+from hola_jax.inference import GREEDY, Generator, Prefix, Request
+from hola_jax.inference.prefix import joined, new_memory
 from hola_jax.model import LanguageModel, Params, State, init_state
 
 Done = Callable[[int], None]  # told how many rows are finished since the last time
@@ -32,6 +35,14 @@ class Scored(NamedTuple):
 
     logprob: np.ndarray  # float32 [n - 1]
     greedy: np.ndarray  # bool [n - 1]: whether it was the likeliest
+
+
+class Rest(NamedTuple):
+    """What is left to read of a prompt."""
+
+    number: int
+    tokens: np.ndarray
+    memory: Prefix | None  # of the tokens before them, in one row; None where there are none
 
 
 class Scorer(Protocol):
@@ -105,12 +116,15 @@ class ModelScorer:
         self._check(prompts, least=1, more=max_tokens)
         request = Request(max_tokens=max_tokens, sampling=GREEDY, stop_tokens=())
         found: dict[int, np.ndarray] = {}
-        for numbers, _, _ in self._batches([len(prompt) for prompt in prompts]):
-            tokens: list[list[int]] = [[] for _ in numbers]
-            for delta in self._generator.stream([prompts[n] for n in numbers], [request] * len(numbers)):
+        for batch in self._rests(prompts):
+            numbers = [rest.number for rest in batch]
+            tokens: list[list[int]] = [[] for _ in batch]
+            for delta in self._generator.stream(
+                [rest.tokens for rest in batch], [request] * len(batch), prefix=self._memory(batch)
+            ):
                 tokens[delta.row] += delta.tokens
                 # The last row of a round: no row is ahead of another.
-                if delta.row == len(numbers) - 1 and _enough(until, numbers, tokens):
+                if delta.row == len(batch) - 1 and _enough(until, numbers, tokens):
                     break
             found |= {n: np.array(each, np.int32) for n, each in zip(numbers, tokens, strict=True)}
             done(len(numbers))
@@ -122,12 +136,46 @@ class ModelScorer:
             self.model, pieces=sorted({self.piece, max(self.piece // 4, SHORTEST), SHORTEST}, reverse=True)
         )
 
+    def _rests(self, prompts: Sequence[np.ndarray]) -> Iterator[list[Rest]]:
+        """Batches of rests of about one length, what prompts share being read on the way to them.
+
+        The memories that are kept are few: those of a batch, fewer that wait for one to be full, and those that beginnings
+        still to be read go on from. That of the most prompts comes last: each that is kept for it halves the prompts.
+        """
+        waiting: list[Rest] = []
+        stack: list[tuple[Beginning, Prefix | None]] = [(beginnings(prompts, self.piece), None)]
+        while stack:
+            here, memory = stack.pop()
+            if here.length:
+                memory = self._generator.read([here.tokens], memory)
+            waiting += [Rest(n, prompts[n][here.length :], memory) for n in here.alone]
+            waiting.sort(key=lambda rest: -len(rest.tokens))
+            stack += [(longer, memory) for longer in here.longer]
+            while waiting:
+                # By whole prompts, though less is in flight: what is shared makes no batch have more rows, each a memory.
+                most = self._rows(max(len(prompts[rest.number]) for rest in waiting))
+                if stack and len(waiting) < most:
+                    break
+                batch, waiting = waiting[:most], waiting[most:]
+                yield batch
+
+    def _memory(self, batch: list[Rest]) -> Prefix | None:
+        """What is before the rests, a row for each."""
+        if all(rest.memory is None for rest in batch):
+            return None
+        nothing = Prefix(new_memory(self._generator.config, 1), 1)
+        return joined([rest.memory or nothing for rest in batch])
+
+    def _rows(self, length: int) -> int:
+        """Rows of a batch whose longest has so many tokens."""
+        return max(1, self.batch_tokens // self._pieces(length)[0][1])
+
     def _batches(self, lengths: list[int]) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
         """(numbers of rows of about one length, (start, length) of the pieces they go through, rows of the batch)."""
         order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
         while order:
             pieces = self._pieces(lengths[order[0]])
-            most = max(1, self.batch_tokens // pieces[0][1])
+            most = self._rows(lengths[order[0]])
             numbers, order = order[:most], order[most:]
             yield numbers, pieces, min(most, 1 << (len(numbers) - 1).bit_length())
 

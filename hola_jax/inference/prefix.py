@@ -128,3 +128,12 @@ class Prefix:
         if not 0 <= row < self.batch:
             raise ValueError(f"row {row} is not one of the {self.batch} rows, 0 to {self.batch - 1}")
         return self.rows([index for index in range(self.batch) if index != row])
+
+
+def joined(prefixes: Sequence[Prefix]) -> Prefix:
+    """One batch of the first row of each, in that order."""
+    memory = prefixes[0].rows([0] * len(prefixes)).memory
+    for slot, prefix in enumerate(prefixes):
+        if prefix is not prefixes[0]:
+            memory = write_row(memory, np.int32(slot), prefix.memory, np.int32(0))
+    return Prefix(memory, len(prefixes))
