@@ -13,7 +13,7 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.memory.exact_cache import hashed_score
-from hola_jax.memory.learned import retained
+from hola_jax.memory.learned import competing, retained
 from hola_jax.memory.norms import of_state, rms_norm, unit_l2
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
@@ -54,7 +54,7 @@ def _score(config: MemoryConfig, token: Token, error: Array, position: Array, he
         "random": hashed_score(position, heads, config.seed)[head],
         "attention": jnp.float32(0),  # nobody has read it yet
         "recall": jnp.float32(0),  # until the block is complete
-        "learned": token.learned,
+        "learned": competing(token.learned, config.sparsity),
     }[config.score]
     return lax.stop_gradient(score)
 

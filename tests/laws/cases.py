@@ -18,6 +18,8 @@ CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 RESCORED = {score: MemoryConfig(window=4, block=8, chunk=4, score=score) for score in ("attention", "recall")}
 # With those that are learned, all whose path is not that of "surprise".
 OTHER = RESCORED | {"learned": MemoryConfig(window=4, block=8, chunk=4, score="learned")}
+# And where only some tokens compete: the same path, so laws of the ranking alone need it.
+RANKED = OTHER | {"sparse": MemoryConfig(window=4, block=8, chunk=4, score="learned", sparsity=0.2)}
 PARAMS = CacheParams(
     query_scale=jnp.linspace(0.8, 1.3, K),
     key_scale=jnp.linspace(1.2, 0.7, K),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hola_jax.memory import CacheParams, MemoryConfig
-from tests.laws.cases import KEY_HEADS, OTHER, PARAMS, SEGMENTS, B, H, K, T, V, assert_close, compiled, inputs
+from tests.laws.cases import KEY_HEADS, PARAMS, RANKED, SEGMENTS, B, H, K, T, V, assert_close, compiled, inputs
 
 
 def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -> np.ndarray:
@@ -46,7 +46,8 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                     key, query = unit(kt), unit(qt) * temperature[h]
                 seen.append([position, score, key, vt, unit(kt)])
                 first = position - position % config.block
-                earlier = sorted((s for s in seen if s[0] < first), key=lambda s: (-s[1], s[0]))[: config.window]
+                earlier = [s for s in seen if s[0] < first and (config.sparsity is None or s[1] > 0)]
+                earlier = sorted(earlier, key=lambda s: (-s[1], s[0]))[: config.window]
                 visible = earlier + [s for s in seen if s[0] >= first]
                 if config.rescored:
                     visible = seen
@@ -74,10 +75,10 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
         ("write", "rmsnorm"),
         ("recency", "unit_l2"),
     ]
-    + [(score, "rmsnorm") for score in OTHER],
+    + [(name, "rmsnorm") for name in RANKED],
 )
 def test_reference_is_the_equations(score, read):
-    config = MemoryConfig(window=4, block=8, chunk=4, score=score, read=read)
+    config = RANKED.get(score) or MemoryConfig(window=4, block=8, chunk=4, score=score, read=read)
     arrays = inputs()
     out, _ = compiled(config, "reference")(arrays, SEGMENTS)
     assert_close(out, by_definition(arrays, PARAMS, config, SEGMENTS), atol=5e-6)
