@@ -15,6 +15,7 @@ from jax import lax
 from hola_jax.array_types import Array, Float, Int, Int32
 from hola_jax.memory.choice import weighed
 from hola_jax.memory.delta_rule import Magnitude
+from hola_jax.memory.learned import competing
 from hola_jax.memory.scan import Strategy, prefix_scan
 from hola_jax.memory.state import RESCORED, MemoryConfig
 
@@ -102,7 +103,7 @@ def token_scores(
         return jnp.zeros(v.shape[:-1], jnp.float32)
     if config.score == "learned":
         assert learned is not None
-        return lax.stop_gradient(learned.astype(jnp.float32))
+        return lax.stop_gradient(competing(learned.astype(jnp.float32), config.sparsity))
     if config.score == "write":
         magnitude = beta * jnp.linalg.norm(v.astype(jnp.float32), axis=-1)
     if config.score == "recency":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from hola_jax.array_types import Array
 from hola_jax.memory import by_kernels, kernels, poison, validate
 from hola_jax.memory.align import Inputs
+from hola_jax.memory.learned import held_down
 from hola_jax.memory.piece import run_piece
 from hola_jax.memory.reference import hola_reference
 from hola_jax.memory.state import CacheParams, MemoryConfig, MemoryState, init_state
@@ -44,7 +45,7 @@ def hola_memory(
                     see each other and padding is as if it were not there. None: all tokens belong to one document, that of
                     `state` where it has one.
     state           continues an earlier piece; None starts empty. One token with a state takes the decoding path.
-    learned         [B, T, H]: the tokens' scores, where the score is "learned"; `learned.retained` tells of their gradient.
+    learned         [B, T, H]: the tokens' scores, where the score is "learned"; `learned.py` tells of their gradient.
     implementation  "reference", "xla", "pallas" (the platform's kernels), "pallas_tpu" (those of a TPU, which need not be
                     there to compile for it) or "interpret" (their programs without a TPU, slowly). None takes kernels where
                     platform and shape allow, and logs why not where they do not; a choice that cannot run raises
@@ -74,6 +75,8 @@ def hola_memory(
     state = dataclasses.replace(state, config=config.meaning())
     if learned is not None:  # a score that is not finite comes from a value or a key that spoils its document anyway
         learned = jnp.where(jnp.isfinite(learned), learned, 0.0)
+        if config.sparsity is not None:
+            learned = held_down(config.sparsity, learned, documents > 0)
     if length == 1 and not fresh and sequence_axis is None and chosen.name != "reference":
         by_kernel = kernels.token_kernels(chosen.name, work)
         if by_kernel is not None:

@@ -14,7 +14,7 @@ from jax import lax
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.memory.choice import log_score
 from hola_jax.memory.exact_cache import hashed_score
-from hola_jax.memory.learned import retained
+from hola_jax.memory.learned import competing, retained
 from hola_jax.memory.norms import of_state, rms_norm, unit_l2
 from hola_jax.memory.state import EMPTY, CacheParams, MemoryConfig, MemoryState
 
@@ -57,7 +57,7 @@ def _score(config: MemoryConfig, token: Token, error: Array, position: Array, he
         "random": hashed_score(position, heads, config.seed)[head],
         "attention": jnp.float32(0),  # nobody has read it yet
         "recall": jnp.float32(0),  # until the block is complete
-        "learned": token.learned,
+        "learned": competing(token.learned, config.sparsity),
     }[config.score]
     if config.fade is not None or config.read_credit:  # as a logarithm, so that an age can be added, or what reads gave
         score = log_score(score) + (0.0 if config.fade is None else position / config.fade)

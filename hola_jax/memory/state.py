@@ -41,6 +41,8 @@ class MemoryConfig:
     seed         of the "random" score
     read_energy  share of its softmax weights that a read keeps, in (0, 1]: the fewest of the visible entries, the null sink
                  among them, whose weights reach it, renormalised (equals of the smallest kept stay too). None keeps all
+    sparsity     of the "learned" score: only tokens whose logit is positive compete, and training holds their share down to
+                 this, in (0, 1]; the cache may hold fewer than W. None: all compete
     read_power   whether a read multiplies a pair's softmax weight by its score to a learned power, which is 0 at first
     fade         tokens in which a score loses a factor of e, so that of equals the later token stays. None: it never does
     read_credit  what the softmax weights that reads gave a pair, added up, add to the logarithm of its score; negative:
@@ -62,6 +64,7 @@ class MemoryConfig:
     state_scale: float | None = None
     seed: int = 0
     read_energy: float | None = None
+    sparsity: float | None = None
     read_power: bool = False
     fade: float | None = None
     read_credit: float = 0.0
@@ -85,6 +88,13 @@ class MemoryConfig:
         energy = self.read_energy
         if energy is not None and not 0 < energy <= 1:
             raise ValueError(f"MemoryConfig.read_energy is {energy!r}; it must be None or a share in (0, 1]")
+        sparsity = self.sparsity
+        if sparsity is not None and not 0 < sparsity <= 1:
+            raise ValueError(f"MemoryConfig.sparsity is {sparsity!r}; it must be None or a share in (0, 1]")
+        if sparsity is not None and self.score != "learned":
+            raise ValueError(
+                f"MemoryConfig.sparsity={sparsity} is of score='learned', whose sign it teaches, and score is {self.score!r}"
+            )
         self._check_choice()
 
     def _check_choice(self) -> None:

@@ -22,6 +22,8 @@ OTHER = RESCORED | {
     "choice": MemoryConfig(window=4, block=8, chunk=4, fade=9.0, read_credit=-0.7, same_key=0.5, budget=5),
     "power": MemoryConfig(window=4, block=8, chunk=4, read_power=True),
 }
+# And where only some tokens compete: the same path, so laws of the ranking alone need it.
+RANKED = OTHER | {"sparse": MemoryConfig(window=4, block=8, chunk=4, score="learned", sparsity=0.2)}
 PARAMS = CacheParams(
     query_scale=jnp.linspace(0.8, 1.3, K),
     key_scale=jnp.linspace(1.2, 0.7, K),

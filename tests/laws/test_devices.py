@@ -12,7 +12,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hola_jax.memory import MemoryConfig, hola_memory
-from tests.laws.cases import OTHER, PARAMS, RESCORED, B, assert_close, assert_same_state, compiled, inputs, learned
+from tests.laws.cases import (
+    OTHER,
+    PARAMS,
+    RANKED,
+    RESCORED,
+    B,
+    assert_close,
+    assert_same_state,
+    compiled,
+    inputs,
+    learned,
+)
 
 CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 TOKENS = 128
@@ -62,13 +73,13 @@ def layout(kind: str):
     ("kind", "score"),
     [
         ("documents", "surprise"),
-        ("documents", "learned"),
+        ("documents", "sparse"),
         pytest.param("one document", "surprise", marks=pytest.mark.slow),
         pytest.param("documents", "recency", marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_sequence_is_the_whole_sequence(kind, score):
-    config = MemoryConfig(window=4, block=8, chunk=4, score=score)
+    config = RANKED.get(score) or MemoryConfig(window=4, block=8, chunk=4, score=score)
     arrays, segments = inputs(0, TOKENS), layout(kind)
     out, state = along_sequence(config)(arrays, segments, None, PARAMS)
     expected, expected_state = compiled(config)(arrays, segments)

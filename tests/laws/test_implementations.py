@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from hola_jax.memory import CacheParams, MemoryConfig, hola_memory
+from hola_jax.memory.learned import STRENGTH
 from tests.laws.cases import (
     CONFIG,
     OTHER,
     PARAMS,
+    RANKED,
     SEGMENTS,
     T,
     assert_close,
@@ -32,13 +34,13 @@ VARIANTS = {
     "recency": MemoryConfig(window=3, block=16, chunk=16, score="recency", state_scale=1.0),
     "no-cache": MemoryConfig(window=0, block=8, chunk=4),
     "energy": MemoryConfig(window=4, block=8, chunk=4, read_energy=0.7),
-    **OTHER,
+    **RANKED,
 }
 SLOW = ("associative", "recency", "no-cache")
 OLDEST = ("surprise", "energy", *OTHER)  # ways of their own; the others say of another jax what these do
 ONE_DOCUMENT = ("associative",)  # of the kernels: pallas_kernels/test_hola.py
 # The kernels take turns of their own, whatever the scan; and scores that are given, as in "write", are one way to them.
-BY_XLA = ("energy", *OTHER)  # no kernel takes them, and says so
+BY_XLA = ("energy", *RANKED)  # no kernel takes them, and says so
 MARKS = {variant: pytest.mark.slow for variant in SLOW} | {variant: pytest.mark.oldest for variant in OLDEST}
 CASES = [
     pytest.param(variant, how, marks=MARKS.get(variant, ()))
@@ -131,8 +133,10 @@ def test_ties_are_won_by_the_earlier_token():
     assert config.window < T // config.block * config.block
 
 
-def test_a_learned_score_is_taught_by_what_reads_make_of_the_value():
-    """dL/dr = v . dL/dv, r = sigmoid(z) - 0.5. Nothing is written to S, so v is in the exact reads alone."""
+@pytest.mark.parametrize("config", [RANKED["learned"], RANKED["sparse"]], ids=["learned", "sparse"])
+def test_a_learned_score_is_taught_by_what_reads_make_of_the_value_and_held_down(config):
+    """dL/dr = v . dL/dv, r = sigmoid(z) - 0.5. Nothing is written to S, so v is in the exact reads alone. Where a share of
+    positive logits is asked for, those are pushed down besides, and padding is not counted."""
     q, k, v, beta, g = inputs(9)
     z, draw = jnp.asarray(np.random.default_rng(9).normal(size=beta.shape), jnp.float32), np.random.default_rng(1)
     weight, segments = draw.normal(size=v.shape), jnp.asarray(SEGMENTS)
@@ -141,14 +145,31 @@ def test_a_learned_score_is_taught_by_what_reads_make_of_the_value():
     def gradients(v, z):
         def loss(v, z):
             given = (q, k, v, jnp.zeros_like(beta), g, PARAMS)
-            return jnp.sum(weight * hola_memory(*given, config=OTHER["learned"], segment_ids=segments, learned=z)[0])
+            return jnp.sum(weight * hola_memory(*given, config=config, segment_ids=segments, learned=z)[0])
 
         return jax.grad(loss, argnums=(0, 1))(v, z)
 
     d_v, d_z = gradients(v, z)
     r = jax.nn.sigmoid(z)
-    assert_close(d_z, jnp.sum(v * d_v, axis=-1) * r * (1 - r))
-    assert np.abs(np.asarray(d_z)[SEGMENTS > 0]).min() > 0 and not np.any(np.asarray(d_z)[SEGMENTS == 0])
+    taught, real = np.asarray(jnp.sum(v * d_v, axis=-1) * r * (1 - r)), SEGMENTS > 0
+    assert np.abs(taught[real]).min() > 0 and not np.any(taught[~real])
+    kept = np.asarray(z > 0) & real[..., None]
+    push = 0.0
+    if config.sparsity is not None:
+        too_many = kept[real].mean(0) / config.sparsity
+        assert (too_many > 1).all()
+        push = STRENGTH * np.log(too_many) * np.abs(taught[real]).mean(0)
+    assert_close(d_z, taught + np.where(kept, push, 0.0))
+
+
+def test_only_positive_logits_are_kept_where_a_share_is_asked_for():
+    q, k, v, beta, g = inputs(1)
+    sign = jnp.where((jnp.arange(T) == 3) | (jnp.arange(T) == 20), 1.0, -1.0)[:, None, None]
+    v = sign * jnp.cos(jnp.arange(v.shape[-1])) * jnp.ones_like(v)  # so are the logits of `cases.learned`
+    for implementation in ("reference", "xla"):
+        run = compiled_gradient(RANKED["sparse"], implementation)
+        _, (_, state) = run([q, k, v, beta, g], PARAMS, np.ones_like(SEGMENTS))
+        assert state.cache_positions.tolist() == [[[3, 20, -1, -1]] * 2] * 2
 
 
 @pytest.mark.parametrize("config", [c for c in OTHER.values() if c.score != "surprise"], ids=lambda c: c.score)

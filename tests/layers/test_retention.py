@@ -1,14 +1,18 @@
 """The net that makes the score "learned": its equations, its parameters, and what it leaves behind."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from hola_jax import LanguageModel
 from hola_jax.config import parameter_count
 from hola_jax.layers.retention import Retention
+from hola_jax.memory import MemoryConfig, hola_memory
 from hola_jax.weights import tables
+from tests.laws.cases import PARAMS
 from tests.laws.mixers import small
 from train.shardings import path_name, spec_of
 
@@ -54,6 +58,34 @@ def test_a_logit_is_made_of_a_token_and_those_before_it_in_its_document():
             wanted = by_definition(net, k[row, own], v[row, own])
             np.testing.assert_allclose(got[row, own], wanted, atol=2e-5)
     assert np.ptp(got[SEGMENTS > 0]) > 0.1
+
+
+def test_training_holds_the_share_of_positive_logits_down():
+    """Every read wants all values larger, so every logit is taught to rise; at first all are positive. Where reads teach
+    all alike, the push stops them where STRENGTH log(p / rho) is about 1 / p: p = 0.32 for rho = 0.25."""
+    structure, params = nnx.split(Retention(CONFIG, jax.random.key(0)))
+    memory = MemoryConfig(window=8, block=8, chunk=8, score="learned", sparsity=0.25)
+    draw, shape = np.random.default_rng(0), (4, 48, 2)
+    q, k = (jnp.asarray(draw.normal(size=(4, 48, 1, 8)), "float32") for _ in range(2))
+    v, gates = 1 + jnp.asarray(draw.normal(size=(*shape, 8)), "float32"), jnp.full(shape, 0.5)
+    optimizer = optax.adam(0.01)
+
+    def loss(params):
+        z, _ = nnx.merge(structure, params)(k, v, None, None, None)
+        out, _ = hola_memory(q, k, v, gates, -gates, PARAMS, config=memory, learned=z)
+        return jnp.sum((out - 10.0) ** 2), jnp.mean(z > 0, axis=(0, 1))
+
+    def step(carry, _):
+        params, moments = carry
+        gradient, share = jax.grad(loss, has_aux=True)(params)
+        change, moments = optimizer.update(gradient, moments, params)
+        return (optax.apply_updates(params, change), moments), share
+
+    params = nnx.to_pure_dict(params)
+    train = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), length=100)[1])
+    shares = np.asarray(train(params))
+    assert (shares[0] > 0.9).all()
+    np.testing.assert_allclose(shares[-20:].mean(0), 0.32, atol=0.06)
 
 
 def test_its_parameters_are_counted_and_have_their_place_on_a_mesh():

@@ -123,6 +123,8 @@ def test_a_bad_call_is_refused_by_name_when_it_is_traced(case):
         ({"score": "suprise"}, "score is 'suprise'; it must be one of"),
         ({"read": "softmax"}, "read is 'softmax'"),
         ({"scan": "tree"}, "scan is 'tree'"),
+        ({"score": "learned", "sparsity": 0.0}, r"sparsity is 0.0; it must be None or a share in \(0, 1\]"),
+        ({"sparsity": 0.1}, "sparsity=0.1 is of score='learned', .* and score is 'surprise'"),
     ],
 )
 def test_a_bad_configuration_is_refused(fields, message):
