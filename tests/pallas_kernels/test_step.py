@@ -173,7 +173,6 @@ COMPILED = {
     "shared keys of 128": ("v5e:2x2", "bfloat16", 128, 2),
     "keys of 64": ("v5e:2x2", "bfloat16", 64, 4),
     "nine tenths of the read": ("v5e:2x2", "bfloat16", 256, 4, 0.9),
-    "nine tenths of the read, v5p, shared keys of 128": ("v5p:2x2x1", "bfloat16", 128, 2, 0.9),
     "nine tenths of the read, v6e, float32": ("v6e:2x2", "float32", 256, 4, 0.9),
 }
 
@@ -189,5 +188,5 @@ def sizes():
 def test_it_compiles_and_changes_the_memory_in_place(name, sizes):
     large, aliased, temporary = sizes(name)
     assert aliased >= large
-    slack = 2**19 if "v5p" in name else 0  # what it needs there does not grow with the batch: 0.6 MiB at 16 rows
+    slack = 2**19 if name == "v5p" else 0  # what it needs there does not grow with the batch: 0.6 MiB at 16 rows
     assert temporary < large // 16 + slack
