@@ -53,7 +53,7 @@ def kernel_bytes(implementation: str, batch: int) -> int:
     sizes = (batch, H, H, CONFIG.block, CONFIG.window, WIDTH, WIDTH, 1.0, 1.0)
     if implementation == "pallas_gpu":
         return gpu.bytes_moved(gpu.Call(*sizes, jnp.bfloat16, None), CONFIG.block - 1)
-    return tpu.bytes_moved(tpu.Call(*sizes, False, jnp.bfloat16, False)) if implementation == "pallas_tpu" else 0
+    return tpu.bytes_moved(tpu.Call(*sizes, False, None, jnp.bfloat16, False)) if implementation == "pallas_tpu" else 0
 
 
 def floor_bytes(batch: int) -> int:

@@ -11,7 +11,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -318,4 +318,5 @@ def memory_work(config: ModelConfig) -> Work | None:
     if config.mixer != "hola":
         return work
     memory = config.memory
-    return work._replace(window=memory.window, block=memory.block, only_xla=memory.only_xla, rescored=memory.rescored)
+    cache: dict[str, Any] = {"window": memory.window, "block": memory.block, "energy": memory.read_energy}
+    return work._replace(**cache, only_xla=memory.only_xla, rescored=memory.rescored)

@@ -44,6 +44,7 @@ class Layout:
         sizes = self.mesh.shape
         axis = "sequence" if sizes["sequence"] > 1 else None
         platform = platform_of(self.mesh.devices.flat[0])
+        work = work._replace(trained=True)
         return choose(self.model.implementation, work, axis, platform=platform, parts=sizes["tensor"])
 
     @cached_property

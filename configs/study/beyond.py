@@ -14,8 +14,8 @@ STUDIED = dataclasses.replace(
     BASE,
     model=dataclasses.replace(MODEL, read_init=2.0, memory=MemoryConfig(window=WINDOW, block=16, chunk=16)),
     data=Facts(most=4),
-    optimizer=OptimizerConfig(peak=6e-3, warmup=150),
-    steps=1200,
+    optimizer=OptimizerConfig(peak=6e-3, warmup=100),
+    steps=1500,
     row=64,
 )
 FOUR = Facts(most=4, fewest=4)

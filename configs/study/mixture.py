@@ -9,7 +9,7 @@ from train.optimizer import OptimizerConfig
 from train.study import Measure, Study
 
 TEXT = LibraryText()
-# An answer counts as 32 bytes of text, or in so few steps none is learned. The read begins as sharp as one over keys of 256
+# An answer counts as 64 bytes of text, or in so few steps none is learned. The read begins as sharp as one over keys of 256
 # numbers: a perfect match of normed keys of K numbers has a logit of sqrt(K), 4 here, and read_init multiplies it by 4.
 STUDIED = dataclasses.replace(
     BASE,
@@ -20,7 +20,7 @@ STUDIED = dataclasses.replace(
         read_init=2.0,
         memory=MemoryConfig(window=8, block=16, chunk=16),
     ),
-    data=Facts(most=4, noise=TEXT, answers_count=255),
+    data=Facts(most=4, noise=TEXT, answers_count=64),
     optimizer=OptimizerConfig(peak=6e-3, warmup=150),
     steps=2000,
     row=64,

@@ -134,7 +134,8 @@ def read_blocks(
         start: Any,
         whole: Any,
     ) -> tuple[Array, Cache]:
-        options = {"window": config.window, "block": config.block, "out_dtype": jnp.float32}
+        options: dict[str, Any] = {"window": config.window, "block": config.block, "out_dtype": jnp.float32}
+        options["energy"] = config.read_energy
         given = {"documents": documents, "start": start, "whole": whole}
         out, after, _ = kernels.cached_read(
             queries, keys, values, scores, sink, cache, **given, **options, interpret=kernels.interpret
@@ -184,6 +185,7 @@ def in_one(
             block=config.block,
             score=magnitude if given is None else given,
             read=config.read,
+            energy=config.read_energy,
             documents=documents,
             start=start,
             whole=whole,
@@ -224,6 +226,7 @@ def one_token(
             scale=config.scale(inputs.k.shape[-1]),
             score=magnitude if given is None else given,
             read=config.read,
+            energy=config.read_energy,
             interpret=kernels.interpret,
         )
 

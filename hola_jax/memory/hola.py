@@ -7,6 +7,7 @@ tokens at once (on one device or along a mesh axis), `token` for decoding.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -57,7 +58,8 @@ def hola_memory(
     """
     inputs = Inputs(q, k, v, beta, log_decay)
     validate.inputs(inputs, cache_params, config, segment_ids, state, sequence_axis, learned)
-    cache = {"window": config.window, "block": config.block, "only_xla": config.only_xla, "rescored": config.rescored}
+    cache: dict[str, Any] = {"window": config.window, "block": config.block, "energy": config.read_energy}
+    cache |= {"only_xla": config.only_xla, "rescored": config.rescored}
     batch, length = v.shape[:2]
     fresh = state is None
     work = kernels.work_of(q, k, v, channels=log_decay.ndim == 4, continued=not fresh, **cache)

@@ -88,6 +88,8 @@ class Work(NamedTuple):
     continued: bool = False  # whether it begins with an earlier piece's state
     only_xla: str = ""  # why no kernel runs it, where its configuration says so
     rescored: bool = False  # whether its cache is ranked anew at each block's end
+    energy: float | None = None  # the share of its weights that a read keeps, where it does not keep all
+    trained: bool = False  # whether the program is known to want a gradient
 
 
 def work_of(q: Array, k: Array, v: Array, **fields: Any) -> Work:
@@ -230,6 +232,8 @@ def _unfit(work: Work, parts: int) -> str:
     """What no kernel does."""
     if work.only_xla:
         return work.only_xla
+    if work.energy is not None and work.trained:
+        return f"read_energy={work.energy} drops entries of each read, whose gradient no kernel gives"
     if not work.delta:
         return "this memory has no kernels: it does not write by the delta rule"
     if work.channels:
@@ -256,7 +260,7 @@ def _refused(platform: str, work: Work) -> str:
     try:
         jax.eval_shape(functools.partial(run.delta_rule, scale=1.0), q, k, v, gate, gate)
         if work.window is not None:
-            read = functools.partial(run.cached_read, window=work.window, block=work.block)
+            read = functools.partial(run.cached_read, window=work.window, block=work.block, energy=work.energy)
             queries, sink = shape(tokens, work.heads, work.key_dim), jax.ShapeDtypeStruct((work.heads,), jnp.float32)
             jax.eval_shape(read, queries, k, v, shape(work.heads, tokens), sink)
     except (NotImplementedError, TypeError) as error:

@@ -146,8 +146,6 @@ class MemoryConfig:
     @property
     def only_xla(self) -> str:
         """Why no kernel runs this memory; empty where some may."""
-        if self.read_energy is not None:
-            return f"read_energy={self.read_energy} drops entries of each read, which no kernel does"
         if self.score == "learned":
             return "score='learned' has a gradient of its own, which no kernel gives"
         if self.read_power or self.fade is not None:

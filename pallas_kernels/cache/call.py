@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.cache.arrays import Cache, Rows, Shape, Tokens
 from pallas_kernels.cache.backward import backward
 from pallas_kernels.cache.forward import Read, Saved, forward
-from pallas_kernels.cache.limits import refuse_arrays, refuse_sizes
+from pallas_kernels.cache.limits import refuse_arrays, refuse_gradient, refuse_sizes
 
 Counts = tuple[Array, Array, Array]
 
@@ -23,6 +23,7 @@ class Static(NamedTuple):
 
     shape: Shape
     out_dtype: Any
+    energy: float | None
     interpret: Any
 
 
@@ -52,6 +53,7 @@ def cached_read(
     window: int,
     block: int,
     out_dtype: DTypeLike | None = None,
+    energy: float | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Cache, Array]:
     """What each token reads [B, T, H, V], the cache after the whole blocks, and the positions that the cache holds after
@@ -62,7 +64,8 @@ def cached_read(
     that rise along T, 0 at padding; None where all tokens are real and of the cache's document. `start` [B] is the
     position of place 0, `whole` [B] how many blocks of each row are complete (T // C): the block behind them is read and
     does not compete. `cache` must be in order, as it is given back. The gradient flows to queries, keys, values,
-    sink_logit and the cache's keys and values; not to scores.
+    sink_logit and the cache's keys and values; not to scores. With `energy` each query keeps the fewest entries, the null
+    sink among them, whose softmax weights reach that share, and there is no gradient.
     """
     refuse_arrays(queries, keys, values, scores, cache)
     batch, length, heads, key_dim = queries.shape
@@ -87,7 +90,7 @@ def cached_read(
         None if documents is None else padded(documents.astype(jnp.int32))[:, None],
     )
     initial = Rows(cache.keys, cache.values, *(x[:, :, None] for x in cache[2:4]))
-    static = Static(shape, jnp.dtype(out_dtype or values.dtype), interpret)
+    static = Static(shape, jnp.dtype(out_dtype or values.dtype), energy, interpret)
     out, final, chosen = _cached_read(static, counts, tokens, sink_logit.astype(jnp.float32), initial)
     document = jnp.take_along_axis(counts[2], whole[:, None], axis=1)[:, 0]
     after = Cache(final.keys, final.values, final.scores[:, :, 0], final.positions[:, :, 0], document)
@@ -105,7 +108,7 @@ def document_counts(document: Array, documents: Array | None, blocks: int, block
 
 
 def _run(static: Static, counts: Counts, tokens: Tokens, sink: Array, initial: Rows, save: bool) -> Read:
-    options = {"save": save, "out_dtype": static.out_dtype, "interpret": static.interpret}
+    options = {"save": save, "out_dtype": static.out_dtype, "energy": static.energy, "interpret": static.interpret}
     return forward(static.shape, counts, tokens, sink, initial, **options)
 
 
@@ -118,6 +121,7 @@ def _cached_read(
 
 
 def _forward(static: Static, counts: Counts, tokens: Tokens, sink: Array, initial: Rows) -> tuple[Any, Any]:
+    refuse_gradient(static.energy)
     read = _run(static, counts, tokens, sink, initial, save=True)
     return read[:3], (counts, tokens, sink, read.saved)
 

@@ -6,6 +6,7 @@ every pair: a candidate's rank is the number of those that beat it, and a one-ho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache.arrays import Places, Rows, Shape, Tokens, cost
+from pallas_kernels.cache.energy import without_dropped
 from pallas_kernels.cache.tiles import NT, column, count, dot, index, pick, query_tiles, row
 
 
@@ -39,9 +41,10 @@ class Read(NamedTuple):
 
 
 def read_tiles(
-    tokens: Tokens, cache: Rows, sink: Array, document: Array, log_total: Any
+    tokens: Tokens, cache: Rows, sink: Array, document: Array, log_total: Any, energy: float | None = None
 ) -> Iterator[tuple[slice, Array]]:
-    """The read of one block, one tile of queries after the other, float32."""
+    """The read of one block, one tile of queries after the other, float32; of the entries that hold a share `energy` of the
+    weights, where it is given."""
     block, window = tokens.keys.shape[0], cache.keys.shape[0]
     filled = cache.scores[...] > -jnp.inf
     own = None if tokens.documents is None else column(tokens.documents[...])
@@ -58,9 +61,10 @@ def read_tiles(
         of_block = jnp.where(visible, dot(queries, tokens.keys[seen, :], NT), -jnp.inf)
         top = jnp.maximum(jnp.max(of_cache, axis=1, keepdims=True), jnp.max(of_block, axis=1, keepdims=True))
         top = jnp.maximum(top, sink)
-        of_cache, of_block = jnp.exp(of_cache - top), jnp.exp(of_block - top)
-        total = jnp.sum(of_cache, axis=1, keepdims=True) + jnp.sum(of_block, axis=1, keepdims=True)
-        total = total + jnp.exp(sink - top)
+        of_cache, of_block, of_sink = jnp.exp(of_cache - top), jnp.exp(of_block - top), jnp.exp(sink - top)
+        if energy is not None:
+            of_cache, of_block, of_sink = without_dropped([of_cache, of_block, of_sink], energy)
+        total = jnp.sum(of_cache, axis=1, keepdims=True) + jnp.sum(of_block, axis=1, keepdims=True) + of_sink
         read = dot(of_cache.astype(cache.values.dtype), cache.values[...])
         read = read + dot(of_block.astype(tokens.values.dtype), tokens.values[seen, :])
         if log_total is not None:
@@ -125,6 +129,8 @@ def _kernel(
     chosen: Any,
     saved: Saved | None,
     cache: Rows,
+    *,
+    energy: float | None,
 ) -> None:
     """One block of one head. `documents` [B, n + 1] is that of the cache before each block and after the last."""
     b, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -138,7 +144,8 @@ def _kernel(
     if saved is not None:
         keep(cache, saved)
     before, after = documents[b, i], documents[b, i + 1]
-    for tile, read in read_tiles(tokens, cache, sink[h], before, None if saved is None else saved.log_total):
+    total = None if saved is None else saved.log_total
+    for tile, read in read_tiles(tokens, cache, sink[h], before, total, energy):
         out[tile, :] = read.astype(out.dtype)
 
     @pl.when(i < whole[b])
@@ -182,6 +189,7 @@ def forward(
     *,
     save: bool,
     out_dtype: Any,
+    energy: float | None,
     interpret: Any,
 ) -> Read:
     """The read of all blocks and the cache after them. `counts`: position of each batch row's first token, how many of
@@ -202,7 +210,7 @@ def forward(
         saved,
     )
     return pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, energy=energy),
         out_shape=result,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,

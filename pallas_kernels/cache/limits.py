@@ -59,3 +59,11 @@ def refuse_sizes(shape: Shape, itemsize: int, interpret: bool) -> None:
             f"{needed / 2**20:.1f} MiB on the chip, which grants {VMEM / 2**20:.0f}; use a smaller window or block, or "
             "the XLA path"
         )
+
+
+def refuse_gradient(energy: float | None) -> None:
+    """NotImplementedError where a gradient is asked of a read that drops entries."""
+    if energy is not None:
+        raise NotImplementedError(
+            f"energy={energy}: a read that drops entries has no gradient in a kernel; use the XLA path, implementation='xla'"
+        )

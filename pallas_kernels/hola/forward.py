@@ -102,14 +102,16 @@ def _through_state(given: Operands, kept: Kept | None, on_chip: OnChip, call: Ca
             scores[:, tokens] = on_chip.norms[index]
 
 
-def _read_and_merge(counts: Counts, given: Operands, tokens: Tokens, results: Results, on_chip: OnChip) -> None:
+def _read_and_merge(
+    counts: Counts, given: Operands, tokens: Tokens, results: Results, on_chip: OnChip, call: Call
+) -> None:
     b, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     before, after = counts.documents[b, i], counts.documents[b, i + 1]
     saved = None if results.kept is None else results.kept.cache
     if saved is not None:
         keep(on_chip.cache, saved)
     total = None if saved is None else saved.log_total
-    for tile, read in read_tiles(tokens, on_chip.cache, given.sink[h], before, total):
+    for tile, read in read_tiles(tokens, on_chip.cache, given.sink[h], before, total, call.energy):
         results.out[tile, :] = (on_chip.answer[tile, :] + given.gate[h] * read).astype(results.out.dtype)
 
     @pl.when(i < counts.whole[b])
@@ -140,7 +142,7 @@ def _kernel(*refs: Any, call: Call) -> None:
             scores[...] = jnp.where(held, given.running.scores[...], scores[...])
 
     results.scores[...] = on_chip.prepared.scores[...]
-    _read_and_merge(counts, given, tokens, results, on_chip)
+    _read_and_merge(counts, given, tokens, results, on_chip, call)
 
     @pl.when(i == call.blocks - 1)
     def _() -> None:

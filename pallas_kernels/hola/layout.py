@@ -38,6 +38,7 @@ class Call(NamedTuple):
     share: float  # what of a vector's squared length its read norm divides by: 1 / K for the root mean square
     residual: bool  # whether scores are |e|, not beta |e|
     dtype: Any  # of tokens, cache and outputs
+    energy: float | None  # the share of its weights that a read keeps; None keeps all
     interpret: Any
 
     @property

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from pallas_kernels.cache.arrays import Cache, Rows
 from pallas_kernels.cache.call import document_counts, empty_cache
+from pallas_kernels.cache.limits import refuse_gradient
 from pallas_kernels.delta_rule import layout as chunks
 from pallas_kernels.delta_rule.chunk import CHUNK
 from pallas_kernels.hola import backward, forward
@@ -79,6 +80,7 @@ def _call(
     scale: float = 1.0,
     read: str = "rmsnorm",
     residual: bool = False,
+    energy: float | None = None,
 ) -> Call:
     """From the shape of v, [B, T, H, V], and how many key heads there are of which width."""
     (batch, length, heads, value_dim), (key_heads, key_dim) = values, keys
@@ -96,6 +98,7 @@ def _call(
         share=1.0 / key_dim if read == "rmsnorm" else 1.0,
         residual=residual,
         dtype=jnp.dtype(dtype),
+        energy=energy,
         interpret=interpret,
     )
 
@@ -114,6 +117,7 @@ def hola(
     block: int,
     score: Literal["surprise", "residual"] | Array = "surprise",
     read: Literal["rmsnorm", "unit_l2"] = "rmsnorm",
+    energy: float | None = None,
     documents: Array | None = None,
     start: Array | None = None,
     whole: Array | None = None,
@@ -129,12 +133,12 @@ def hola(
     inf in a token, or in an earlier state, make NaN of what follows in their document, the last state too where it is that
     document's, and touch nothing else. Places that `earlier` occupies hold zeros in q, k, v and the gates, and in
     `documents` the state's document where the token is still in sight, else 0. The gradient flows by everything but scores
-    and choices.
+    and choices; with `energy`, the share of its softmax weights that each read keeps (`pallas_kernels.cache`), by nothing.
     """
     _refuse(q, k, v, beta, log_decay, learned, earlier, score, read, documents)
     (_, length, heads, value_dim), key_dim = v.shape, k.shape[3]
     residual = isinstance(score, str) and score == "residual"
-    call = _call(v.shape, k.shape[2:], v.dtype, window, block, interpret, scale, read, residual)
+    call = _call(v.shape, k.shape[2:], v.dtype, window, block, interpret, scale, read, residual, energy)
     if reason := too_large(call, key_dim, value_dim, earlier is not None):
         raise NotImplementedError(reason)
     counts = _counts(call, length, documents, start, whole, earlier)
@@ -242,6 +246,7 @@ def _hola(call: Call, counts: Counts, given: Operands) -> tuple[Array, Array, Ar
 def _forward(call: Call, counts: Counts, given: Operands) -> tuple[Any, Any]:
     """Kept for the backward pass: the operands, and of each block the state and the cache that it found, which of its
     tokens entered, which of its outputs are NaN, and the softmax's sums."""
+    refuse_gradient(call.energy)
     results = forward.run(call, counts, given, save=True)
     return results[:4], (counts, given, results.kept)
 

@@ -9,6 +9,7 @@ are float32: a matrix unit would take six passes over the state for a single row
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cache.arrays import Rows, Tokens
 from pallas_kernels.cache.forward import merge
-from pallas_kernels.cache.tiles import NT, column, dot, index
+from pallas_kernels.cache.tiles import column, index
 from pallas_kernels.delta_rule.chunk import norm_factor
 from pallas_kernels.hola.layout import read_factor
+from pallas_kernels.step.read import Weights, fetch, read_of, weigh
 
 Part = Any
 
@@ -39,6 +41,7 @@ class Call(NamedTuple):
     scale: float
     share: float  # see `hola.layout.Call`
     residual: bool
+    energy: float | None  # the share of its weights that the read keeps; None keeps all, and reads all values
     dtype: Any
     interpret: Any
 
@@ -49,8 +52,12 @@ class Call(NamedTuple):
     @property
     def tile(self) -> int:
         """Tokens of the smallest piece of the block that can be written."""
+        return self.tile_of(self.block)
+
+    def tile_of(self, rows: int) -> int:
+        """Of so many rows, those of the smallest piece that can be moved."""
         most = 32 // jnp.dtype(self.dtype).itemsize
-        return max(size for size in range(1, most + 1) if self.block % size == 0)
+        return max(size for size in range(1, most + 1) if rows % size == 0)
 
 
 class Counts(NamedTuple):
@@ -94,7 +101,8 @@ class OnChip(NamedTuple):
     cache: Rows
     tiles: tuple[Any, Any]  # of keys and values, with the new token
     zeros: tuple[Any, Any]  # a block of each
-    done: Any  # semaphores of four copies
+    done: Any  # semaphores of four copies, and one of all tiles that are fetched
+    values: Any = None  # [C, V]: of the block, where they do not come by themselves
 
 
 def _clean(x: Array) -> tuple[Array, Array]:
@@ -126,21 +134,23 @@ def _through_state(
     return answer, jnp.sqrt(jnp.sum(error * error, axis=1, keepdims=True)), lost + poison
 
 
-def _read(
-    query: Array, key: Array, value: Array, memory: Store, cache: Rows, seen: Array, here: Array, sink: Any
-) -> Any:
-    """The read [1, V] over the cache, the block, the token itself at the place `here`, and the sink."""
-    of_cache = jnp.where(cache.scores[...] > -jnp.inf, dot(query, cache.keys[...], NT), -jnp.inf)
-    own = jnp.sum(query.astype(jnp.float32) * key.astype(jnp.float32), axis=1, keepdims=True)
-    of_block = jnp.where(seen, jnp.where(here, own, dot(query, memory.block_keys[...], NT)), -jnp.inf)
-    top = jnp.maximum(jnp.max(of_cache, axis=1, keepdims=True), jnp.max(of_block, axis=1, keepdims=True))
-    top = jnp.maximum(top, sink)
-    of_cache, of_block = jnp.exp(of_cache - top), jnp.exp(of_block - top)
-    total = jnp.sum(of_cache, axis=1, keepdims=True) + jnp.sum(of_block, axis=1, keepdims=True) + jnp.exp(sink - top)
-    of_token = jnp.sum(jnp.where(here, of_block, 0.0), axis=1, keepdims=True)
-    read = dot(of_cache.astype(value.dtype), cache.values[...]) + of_token * value.astype(jnp.float32)
-    read = read + dot(jnp.where(here, 0.0, of_block).astype(value.dtype), memory.block_values[...])
-    return read / total
+def _fetch_values(
+    call: Call, weights: Weights, memory: Store, after: Store, on_chip: OnChip, start: Any, complete: Any, new: Any
+) -> list[Callable[[], None]]:
+    """`fetch` of the cache's values and the block's. The tile of the new token, which is written meanwhile, is here
+    already: the grid brings it."""
+    head, done = (pl.program_id(0), pl.program_id(1)), on_chip.done.at[4]
+    place = index((1, call.block), 1)
+    others = jnp.where((place >= start) & (place < start + call.tile), 0.0, weights.block)
+    cached, tile = after.cache.values.at[head], call.tile_of(call.window)
+    waits = fetch(weights.cache, cached, on_chip.cache.values, tile, complete & ~new, done)
+    waits += fetch(others, after.block_values.at[head], on_chip.values, call.tile, complete, done)
+
+    @pl.when(~complete)
+    def _() -> None:
+        on_chip.values[pl.ds(start, call.tile), :] = memory.block_values[...]
+
+    return waits
 
 
 def _kernel(*refs: Any, call: Call) -> None:
@@ -150,6 +160,8 @@ def _kernel(*refs: Any, call: Call) -> None:
     real, new = counts.real[b] > 0, counts.new[b] > 0
     complete = real & (fill == call.block - 1)
     last_of_group = lax.rem(h, jnp.int32(call.group)) == call.group - 1
+    apart = call.energy is not None  # values are fetched when it is known which
+    block_values = on_chip.values if apart else memory.block_values
 
     (q, asked), (k, poison), (v, of_value) = (_clean(x[...].astype(jnp.float32)) for x in token[:3])
     query = (q * read_factor(q, call.share) * token.query_scale[...]).astype(call.dtype)
@@ -160,26 +172,30 @@ def _kernel(*refs: Any, call: Call) -> None:
 
     # The tile with the new token goes out while the rest is at work. Heads that share a key head read it first.
     start = pl.multiple_of(fill - lax.rem(fill, jnp.int32(call.tile)), call.tile)
-    own = index((call.tile, 1), 0) == fill - start
+    own, at = index((call.tile, 1), 0) == fill - start, pl.ds(start, call.tile)
+    olds = memory.block_keys[at, :], memory.block_values[...] if apart else memory.block_values[at, :]
     key_head = lax.div(h, jnp.int32(call.group))
     stores = (after.block_keys.at[b, key_head], after.block_values.at[b, h])
     copies = []
-    for tile, rows, row, store, done in zip(
-        on_chip.tiles, (memory.block_keys, memory.block_values), (key, value), stores, (0, 1), strict=True
-    ):
-        tile[...] = jnp.where(own, row, rows[pl.ds(start, call.tile), :])
-        copies.append(pltpu.make_async_copy(tile, store.at[pl.ds(start, call.tile)], on_chip.done.at[done]))
+    for tile, old, row, store, done in zip(on_chip.tiles, olds, (key, value), stores, (0, 1), strict=True):
+        tile[...] = jnp.where(own, row, old)
+        copies.append(pltpu.make_async_copy(tile, store.at[at], on_chip.done.at[done]))
     appends = (real & ~complete & last_of_group, real & ~complete)
     for append, copy in zip(appends, copies, strict=True):
         pl.when(append)(copy.start)
 
     cache, given = on_chip.cache, memory.cache
-    for mine, theirs, empty in zip(cache, given, (0, 0, -jnp.inf, -1), strict=True):
-        mine[...] = jnp.where(new, jnp.full_like(theirs, empty), theirs[...])
-    answer, norm, spoilt = _through_state(q, k, v, memory, after, beta, decay, new, poison, call.scale)
+    for mine, theirs, empty in zip(cache, given, Rows(0, 0, -jnp.inf, -1), strict=True):
+        if not (apart and mine is cache.values):
+            mine[...] = jnp.where(new, jnp.full_like(theirs, empty), theirs[...])
     places = index((1, call.block), 1)
     here, seen = places == fill, (places <= fill) & (places >= counts.first[b])
-    read = _read(query, key, value, memory, cache, seen, here, numbers.sink[h])
+    weights = weigh(query, key, memory.block_keys, cache, seen, here, numbers.sink[h], call.energy)
+    waits = _fetch_values(call, weights, memory, after, on_chip, start, complete, new) if apart else []
+    answer, norm, spoilt = _through_state(q, k, v, memory, after, beta, decay, new, poison, call.scale)
+    for wait in waits:
+        wait()
+    read = read_of(weights, value, cache, block_values, here)
     out[...] = jnp.where(real, answer + numbers.gate[h] * read + spoilt + asked, 0.0).astype(out.dtype)
     magnitude = norm if call.residual else beta * norm
     score = jnp.where(jnp.isnan(spoilt), 0.0, magnitude if numbers.score is None else numbers.score[head])
@@ -190,7 +206,7 @@ def _kernel(*refs: Any, call: Call) -> None:
     def _() -> None:
         own = index((call.block, 1), 0) == fill
         keys, values = (
-            jnp.where(own, row, rows[...]) for row, rows in ((key, memory.block_keys), (value, memory.block_values))
+            jnp.where(own, row, rows[...]) for row, rows in ((key, memory.block_keys), (value, block_values))
         )
         tokens = Tokens(None, keys, values, jnp.where(seen, scores, -jnp.inf), None)
         merge(tokens, cache, 0, 0, counts.position[b] - fill, None)
@@ -243,9 +259,16 @@ def _specs(call: Call, with_score: bool) -> tuple[Numbers, Token, Store]:
         pl.BlockSpec((None, 1, key_dim), lambda b, h, *_: (key_head(h), 0, 0)),
     )
     rows = Rows(of_head(window, key_dim), of_head(window, value_dim), of_head(1, window), of_head(1, window))
-    store = Store(
-        of_head(key_dim, value_dim), rows, of_key_head(block, key_dim), of_head(block, value_dim), of_head(1, block)
-    )
+    block_values = of_head(block, value_dim)
+    if call.energy is not None:  # of the block's values the tile of the new token
+
+        def tile(b: Any, h: Any, *counts: Any) -> Any:
+            fill = lax.rem(Counts(*counts).position[b], jnp.int32(block))
+            return b, h, lax.div(fill, jnp.int32(call.tile)), 0
+
+        rows = rows._replace(values=pl.BlockSpec(memory_space=pl.ANY))
+        block_values = pl.BlockSpec((None, None, call.tile, value_dim), tile)
+    store = Store(of_head(key_dim, value_dim), rows, of_key_head(block, key_dim), block_values, of_head(1, block))
     return Numbers(scalars, scalars, scalars if with_score else None, scalars, scalars), token, store
 
 
@@ -269,7 +292,8 @@ def run(call: Call, counts: Counts, numbers: Numbers, token: Token, memory: Stor
         cache,
         (pltpu.VMEM((call.tile, call.key_dim), call.dtype), pltpu.VMEM((call.tile, call.value_dim), call.dtype)),
         (pltpu.VMEM(keys, call.dtype), pltpu.VMEM(values, call.dtype)),
-        pltpu.SemaphoreType.DMA((4,)),
+        pltpu.SemaphoreType.DMA((5,)),
+        None if call.energy is None else pltpu.VMEM(values, call.dtype),
     )
     moved = bytes_moved(call)
     steps = call.batch * call.heads
@@ -295,12 +319,14 @@ def run(call: Call, counts: Counts, numbers: Numbers, token: Token, memory: Stor
     )(*counts, numbers, token, memory)
 
 
-def bytes_moved(call: Call) -> int:
+def bytes_moved(call: Call, fetched: float = 1.0) -> int:
     """Of a token in the midst of a block, for the whole batch: states both ways, the rows that are read, the tiles that are
-    written. A complete block writes the cache's rows and the empty block beside."""
+    written. A complete block writes the cache's rows and the empty block beside. `fetched` is the share of the values that
+    come where not all do: at least the tile of the new token."""
     item, width = jnp.dtype(call.dtype).itemsize, call.key_dim + call.value_dim
     per_head = 2 * 4 * call.key_dim * call.value_dim
-    per_head += item * ((call.window + call.tile) * width + call.block * call.value_dim + 2 * call.value_dim)
+    per_head += item * (call.window * call.key_dim + call.tile * width + 2 * call.value_dim)
+    per_head += round(item * max(call.tile, fetched * (call.window + call.block)) * call.value_dim)
     per_head += 4 * (4 * call.window + 2 * call.block)
     per_key_head = item * call.key_dim * (call.block + 2)
     return call.batch * (call.heads * per_head + call.key_heads * per_key_head)

@@ -45,8 +45,10 @@ def tpu_refuses(sizes: Sizes, interpret: bool = False) -> str:
     return ""
 
 
-def gpu_refuses(sizes: Sizes) -> str:
+def gpu_refuses(sizes: Sizes, energy: float | None = None) -> str:
     """Why the GPU's kernel cannot take a token of these sizes; empty where it can."""
+    if energy is not None:
+        return f"energy={energy}: the parts of the GPU step know no weights but their own; use the XLA path"
     if sizes.dtype != "bfloat16":
         return f"v is {sizes.dtype}: the GPU step takes a bfloat16 cache; use the XLA path"
     for name, size in (("K", sizes.key_dim), ("V", sizes.value_dim)):

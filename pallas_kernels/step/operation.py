@@ -27,13 +27,16 @@ def step(
     scale: float,
     score: Literal["surprise", "residual"] | Array = "surprise",
     read: Literal["rmsnorm", "unit_l2"] = "rmsnorm",
+    energy: float | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Memory]:
     """What one token of every row is answered [B, H, V], and the memory behind it, in place where the caller gives it away.
 
     q, k [B, h, K] and v [B, H, V] come before any norm; beta, log_decay [B, H]. Rows may stand at different positions.
     `document` [B] is the token's: 0 is padding, which changes nothing and is answered by zeros; another than the memory's
-    begins with an empty memory. `score` is the write's magnitude, or given [B, H]. Not differentiable.
+    begins with an empty memory. `score` is the write's magnitude, or given [B, H]. With `energy` the read keeps the fewest
+    entries, the null sink among them, whose softmax weights reach that share, and tiles of values of which it keeps nothing
+    stay where they are. Not differentiable.
 
     What is not finite stays in its row and head: of a query it spoils the answer, of anything else the state too, which then
     answers NaN until another document begins. What is stored of such a token is 0.
@@ -53,6 +56,7 @@ def step(
         scale=scale,
         share=1.0 / given.key_dim if read == "rmsnorm" else 1.0,
         residual=isinstance(score, str) and score == "residual",
+        energy=energy,
         dtype=v.dtype,
         interpret=interpret,
     )

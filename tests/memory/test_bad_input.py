@@ -63,11 +63,6 @@ REFUSED = {
         NotImplementedError,
         "score='learned' has a gradient of its own, which no kernel gives",
     ),
-    "a share of the read by pallas": (
-        {"config": MemoryConfig(read_energy=0.9), "implementation": "pallas"},
-        NotImplementedError,
-        "read_energy=0.9 drops entries of each read, which no kernel does",
-    ),
     "a choice by pallas": (
         {"config": OTHER["choice"], "implementation": "pallas"},
         NotImplementedError,

@@ -102,6 +102,21 @@ def test_what_the_kernels_do_not_take_runs_by_xla_with_the_reason_and_is_refused
             on_tpu(work, asked)
 
 
+def test_a_share_of_the_read_runs_by_a_tpus_kernels_untrained_and_elsewhere_by_xla():
+    work = memory_work(dataclasses.replace(preset("hola-340m"), memory=MemoryConfig(read_energy=0.9)))
+    assert on_tpu(work) == on_tpu(PAPER) and on_tpu(work, "pallas") == on_tpu(PAPER, "pallas")
+    assert token_kernels("pallas_tpu", work) is not None
+    for platform, change, reason in (
+        ("tpu", {"trained": True}, "read_energy=0.9 drops entries of each read, whose gradient no kernel gives"),
+        ("gpu", {}, "energy=0.9: the GPU kernel weighs entries as it meets them"),
+    ):
+        found = choose(None, work._replace(**change), platform=platform, parts=1)
+        assert found.name == "xla" and reason in found.why
+        with pytest.raises(NotImplementedError, match=reason):
+            choose("pallas", work._replace(**change), platform=platform, parts=1)
+    assert on_tpu(PAPER._replace(trained=True)) == on_tpu(PAPER)
+
+
 def test_a_single_token_that_runs_by_something_else_is_told_of():
     """A TPU's kernel of one token wants 16 rows to a tile, a GPU's 64; those of a sequence do not."""
     for platform, window, words in (

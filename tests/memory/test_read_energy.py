@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hola_jax.diagnostics import Insight, entries_kept
+from hola_jax.diagnostics import Insight, entries_kept, tiles_kept
 from hola_jax.memory import MemoryConfig, init_state
 from hola_jax.memory.cache_read import least_logit
 from tests.laws.cases import CONFIG, KEY_HEADS, SEGMENTS, B, H, K, T, V, assert_close, compiled, inputs, run_in_pieces
@@ -70,6 +70,19 @@ def test_fewer_entries_are_kept_of_a_smaller_share():
     np.testing.assert_allclose(shares[1][1, 2], by_hand)
     with pytest.raises(ValueError, match="energy is 0"):
         entries_kept(found, 0)
+
+
+def test_a_tile_is_kept_where_any_of_its_rows_is_or_the_token_itself():
+    """Four tokens, two to a block and a tile; the second block finds token 0 in the first row of its cache."""
+    weights = np.zeros((1, 4, 1, 4), np.float32)
+    weights[0, [0, 1, 2, 3], 0, [0, 0, 2, 0]] = 0.9  # ... and the rest on the null sink
+    kept = np.array([[-1, -1], [0, -1], [0, 1]])[None, :, None]
+    found = Insight(None, None, None, kept, weights, None)
+    for queries, wanted in ((1, np.mean([0.5, 0.5, 0.5, 1])), (2, np.mean([0.5, 1]))):
+        np.testing.assert_allclose(tiles_kept(found, 0.5, block=2, tile=2, queries=queries), [[wanted]])
+    np.testing.assert_allclose(tiles_kept(found, 0.5, block=2, tile=1), [[np.mean([1, 2, 1, 2]) / 4]])
+    with pytest.raises(ValueError, match="tile is 3; it must divide the block of 2"):
+        tiles_kept(found, 0.5, block=2, tile=3)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1])

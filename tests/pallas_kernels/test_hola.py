@@ -250,6 +250,7 @@ def compiled(name, dtype, width, key_heads, kind):
             config = MemoryConfig(window=W, block=C)
             return hola_memory(q, k, v, beta, decay, CacheParams(*learned), config=config, implementation="pallas_tpu")[0]
         given = {"scale": width**-0.5, "window": W, "block": C, "documents": documents}
+        given["energy"] = 0.9 if kind == "nine tenths" else None
         return hola(q, k, v, beta, decay, learned, earlier, **given).out
 
     def both(arrays, d):
@@ -264,10 +265,12 @@ def compiled(name, dtype, width, key_heads, kind):
         running = array(B, key_heads, C, width), array(B, H, C, width), floats(B, H, C)
         earlier, documents = Earlier(floats(B, H, width, width), Cache(*rows), *running, whole(B)), whole(B, T)
     arrays = keys, keys, values, gates, gates, learned, earlier, documents
-    program = jax.jit(both).lower(arrays, array(B, T, H, width)).compile()
+    alone = kind == "nine tenths"  # which has no backward pass
+    run = (lambda arrays, d: memory(*arrays)) if alone else both
+    program = jax.jit(run).lower(arrays, array(B, T, H, width)).compile()
     text = program.as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2, text
-    assert "hola_forward" in text and "hola_backward" in text
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 - alone, text
+    assert "hola_forward" in text and ("hola_backward" in text or alone)
     return program.memory_analysis().temp_size_in_bytes
 """
 COMPILED = {
@@ -276,6 +279,8 @@ COMPILED = {
     "float32, continued": ("v5e:2x2", "float32", 256, 4, "continued"),
     "shared keys of 128, continued": ("v5e:2x2", "bfloat16", 128, 2, "continued"),
     "keys of 64": ("v5e:2x2", "bfloat16", 64, 4, "fresh"),
+    "nine tenths of the read, v5e": ("v5e:2x2", "bfloat16", 256, 4, "nine tenths"),
+    "nine tenths of the read, v6e, float32": ("v6e:2x2", "float32", 256, 4, "nine tenths"),
     "in hola_memory": ("v5e:2x2", "bfloat16", 256, 4, "memory"),  # which keeps NaN to its document
 }
 
@@ -288,6 +293,6 @@ def temporary():
 @pytest.mark.slow
 @tpus.needed
 @pytest.mark.parametrize("name", COMPILED)
-def test_both_kernels_compile_within_the_default_limit(name, temporary):
+def test_the_kernels_compile_within_the_default_limit(name, temporary):
     # Of the whole memory's, two times 32 MiB are for turning outputs and their gradient heads apart, as the script does.
     assert temporary(name) < (192 if name == "in hola_memory" else 300) * 2**20

@@ -22,6 +22,7 @@ CASES = {
     "residual, unit_l2": {"config": MemoryConfig(window=4, block=6, chunk=3, score="residual", read="unit_l2")},
     "a score given, a cache wider than a block": {"config": MemoryConfig(window=10, block=8, chunk=4, score="write")},
     "blocks of one token": {"config": MemoryConfig(window=4, block=1, chunk=1)},
+    "half of the read, in two tiles each": {"config": MemoryConfig(window=16, block=16, chunk=4, read_energy=0.5)},
 }
 # Documents that begin in mid-block, with a block's last token, and behind padding; padding in the midst.
 DOCUMENTS = np.ones((B, T), np.int32)
@@ -45,6 +46,7 @@ def kernel(config, interpret=True):
         q, k, v, beta, decay = (x[:, 0] for x in arrays)
         score = magnitude_kind(config) or token_scores(config, None, v, beta, memory.position)
         options = {"scale": config.scale(K), "score": score, "read": config.read, "interpret": interpret}
+        options["energy"] = config.read_energy
         return step(q, k, v, beta, decay, learned(config), memory, documents, **options)
 
     return run
@@ -152,12 +154,12 @@ import jax
 from pallas_kernels.step import step
 from tests.pallas_kernels.test_step import shapes
 
-def compiled(name, dtype, width, key_heads):
+def compiled(name, dtype, width, key_heads, energy=None):
     here = jax.sharding.SingleDeviceSharding(chip(name))
     arrays = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes(width, dtype, key_heads=key_heads)
     )
-    program = jax.jit(functools.partial(step, scale=1.0), donate_argnums=6).lower(*arrays).compile()
+    program = jax.jit(functools.partial(step, scale=1.0, energy=energy), donate_argnums=6).lower(*arrays).compile()
     text, memory = program.as_text(), program.memory_analysis()
     assert text.count('custom_call_target="tpu_custom_call"') == 1, text
     large = sum(x.size * x.dtype.itemsize for x in arrays[6] if len(x.shape) == 4)
@@ -170,6 +172,8 @@ COMPILED = {
     "float32": ("v5e:2x2", "float32", 256, 4),
     "shared keys of 128": ("v5e:2x2", "bfloat16", 128, 2),
     "keys of 64": ("v5e:2x2", "bfloat16", 64, 4),
+    "nine tenths of the read": ("v5e:2x2", "bfloat16", 256, 4, 0.9),
+    "nine tenths of the read, v6e, float32": ("v6e:2x2", "float32", 256, 4, 0.9),
 }
 
 

@@ -62,6 +62,7 @@ def cached_read(
     window: int,
     block: int,
     out_dtype: DTypeLike | None = None,
+    energy: float | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Cache, Array]:
     """As `pallas_kernels.cache.cached_read`, which tells of the arguments and the results; for bfloat16 keys and values.
@@ -70,7 +71,7 @@ def cached_read(
     True for one.
     """
     refuse_arrays(queries, keys, values, scores, cache)
-    refuse(keys, values, window, block)
+    refuse(keys, values, window, block, energy)
     batch, length, heads, key_dim = queries.shape
     blocks = max(1, -(-length // block))
     tail = blocks * block - length

@@ -12,8 +12,13 @@ WIDTHS = (64, 128, 256)
 WINDOW = 1024
 
 
-def refuse(keys: Array, values: Array, window: int, block: int) -> None:
+def refuse(keys: Array, values: Array, window: int, block: int, energy: float | None) -> None:
     """NotImplementedError with the reason and what to do."""
+    if energy is not None:
+        raise NotImplementedError(
+            f"energy={energy}: the GPU kernel weighs entries as it meets them, and which are dropped shows after the last; "
+            "use the XLA path"
+        )
     if keys.dtype != jnp.bfloat16:
         raise NotImplementedError(
             f"keys are {keys.dtype}: the GPU kernel's tensor cores multiply bfloat16; cast queries, keys and values, or use "

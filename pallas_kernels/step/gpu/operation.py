@@ -29,6 +29,7 @@ def step(
     scale: float,
     score: Literal["surprise", "residual"] | Array = "surprise",
     read: Literal["rmsnorm", "unit_l2"] = "rmsnorm",
+    energy: float | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Memory]:
     """As `pallas_kernels.step.step`, which tells of the arguments and the results; for a bfloat16 cache.
@@ -37,7 +38,7 @@ def step(
     """
     refuse(q, k, v, beta, log_decay, memory, document, score, read)
     given = sizes(k, v, memory)
-    if why_not := gpu_refuses(given):
+    if why_not := gpu_refuses(given, energy):
         raise NotImplementedError(why_not)
     call = Call(
         batch=q.shape[0],
