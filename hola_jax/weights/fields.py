@@ -43,6 +43,7 @@ _MEMORY = {  # of config.json: of MemoryConfig
     "cache_read": "read",
     "cache_seed": "seed",
     "cache_read_energy": "read_energy",
+    "cache_write": "write",
     "state_scale": "state_scale",
 }
 _NEEDED_MEMORY = ("cache_window", "cache_block", "cache_score", "cache_read")

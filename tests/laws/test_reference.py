@@ -21,7 +21,7 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
     out = np.zeros((B, T, H, V))
     for b in range(B):
         for h in range(H):
-            state, document, seen = np.zeros((K, V)), 0, []  # seen: [position, score, key, value, state's key]
+            state, document, seen = np.zeros((K, V)), 0, []  # seen: [position, score, key, value, state's key, beta]
             position = 0
             for t in range(T):
                 if segments[b, t] == 0:
@@ -31,7 +31,8 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                 qt, kt, vt = q[b, t, h // (H // KEY_HEADS)], k[b, t, h // (H // KEY_HEADS)], v[b, t, h]
                 alpha = np.exp(g[b, t, h])
                 e = vt - alpha * unit(kt) @ state
-                state = alpha * state + beta[b, t, h] * np.outer(unit(kt), e)
+                late = config.write == "eviction"
+                state = alpha * state + (0 if late else beta[b, t, h]) * np.outer(unit(kt), e)
                 o = K**-0.5 * unit(qt) @ state
                 score = {
                     "surprise": beta[b, t, h] * np.linalg.norm(e),
@@ -44,7 +45,7 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                     key, query = rms(kt, ks), rms(qt, qs) / np.sqrt(K)
                 else:
                     key, query = unit(kt), unit(qt) * temperature[h]
-                seen.append([position, score, key, vt, unit(kt)])
+                seen.append([position, score, key, vt, unit(kt), beta[b, t, h]])
                 first = position - position % config.block
                 earlier = [s for s in seen if s[0] < first and (config.sparsity is None or s[1] > 0)]
                 earlier = sorted(earlier, key=lambda s: (-s[1], s[0]))[: config.window]
@@ -63,7 +64,10 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                         if config.score == "recall":
                             for s in seen:
                                 s[1] = np.linalg.norm(s[4] @ state - s[3])
-                        seen = sorted(seen, key=lambda s: (-s[1], s[0]))[: config.window]
+                        ranked = sorted(seen, key=lambda s: (-s[1], s[0]))
+                        seen, dropped = ranked[: config.window], ranked[config.window :]
+                        for s in sorted(dropped if late else [], key=lambda s: s[0]):
+                            state = state + s[5] * np.outer(s[4], s[3] - s[4] @ state)
     return out
 
 
