@@ -294,6 +294,8 @@ def _memory_flops(config: ModelConfig, context: int) -> float:
     if config.mixer == "gsa":
         return heads * (linear(width, config.slots, False) + linear(config.slots, values, False))
     flops = linear(width, values, config.mixer in DELTA_MIXERS)
+    if config.mixer == "hola" and memory.write == "eviction":  # W + C pairs for each block; and S is read besides
+        flops = (1 + memory.window / memory.block) * flops + 2 * width * values
     return heads * (flops + (exact if config.mixer == "hola" else 0))
 
 

@@ -46,7 +46,7 @@ CHECKED = [
     "piece",
     "poison",
 ]
-CHECKED += ["learned", "reference", "reference_linear", "rescored", "scan", "token", "triangular"]
+CHECKED += ["eviction", "learned", "reference", "reference_linear", "rescored", "scan", "token", "triangular"]
 CHECKED += ["lola", "lola_stores", "reference_lola"]
 _hook = install_import_hook([f"hola_jax.memory.{name}" for name in CHECKED], "beartype.beartype")
 

@@ -36,6 +36,7 @@ class Piece(NamedTuple):
     documents: Int32[Array, "B L"]  # ... and of the running block's tokens that are still visible
     several: bool  # whether places may differ in document
     learned: Float[Array, "B L H"] | None = None  # scores that the layer gave
+    betas: Float[Array, "B L H"] | None = None  # where pairs are written late, the running block's in front
 
 
 class Alignment(NamedTuple):

@@ -51,6 +51,7 @@ class Kept(NamedTuple):
     scores: Float[Array, "B H W"]
     positions: Int32[Array, "B H W"]
     document: Int32[Array, " B"]
+    betas: Float[Array, "B H W"] | None = None  # where pairs are written late
 
 
 def read_blocks(

@@ -2,8 +2,8 @@
 
 Three phases: tokens are lined up with the blocks (`align`), the state path gives outputs and scores, and the scores
 decide what each block finds in the cache, which is then read. The last two are in `by_xla` and in `by_kernels`; where scores
-change while a pair is held, the last is in `rescored`. Along a mesh axis the same phases run on each device's part, and
-`devices` tells what a part must know of those before it.
+change while a pair is held, the last is in `rescored`; where pairs are written late, both are in `eviction`.
+Along a mesh axis the same phases run on each device's part, and `devices` tells what a part must know of those before it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int32
-from hola_jax.memory import by_kernels, by_xla, poison, rescored
+from hola_jax.memory import by_kernels, by_xla, eviction, poison, rescored
 from hola_jax.memory.align import Inputs, Piece, align, behind_running_block, to_places, to_tokens
 from hola_jax.memory.by_xla import Kept
 from hola_jax.memory.devices import cache_before_device, counters_before_device, last_device_with_tokens
@@ -75,12 +75,17 @@ def _line_up(
     if kernels is not None and kernels.hola is not None:  # which takes NaN; the running block must not keep it
         q, k, values = (poison.finite_together(x)[0][0] for x in (q, k, values))
     queries, keys = for_reading(q, k, values.shape[2], params, config)
-    own = documents
+    own, betas = documents, None
+    if config.write == "eviction":
+        assert state.block_betas is not None
+        running = jnp.pad(state.block_betas.swapaxes(1, 2), [(0, 0), (0, own.shape[1] - config.block), (0, 0)])
+        occupied = jnp.arange(own.shape[1]) < fill[:, None]
+        betas = jnp.where(occupied[..., None], running, inputs.beta)
     if learned is not None:
         values = retained(values, learned)
     if several:
         keys, values, documents = behind_running_block(keys, values, documents, state, fill)
-    return Piece(inputs, queries, keys, values, own, documents, several, learned)
+    return Piece(inputs, queries, keys, values, own, documents, several, learned, betas)
 
 
 def _phases(
@@ -107,6 +112,12 @@ def _phases(
         out, scores, weights, kept = by_kernels.in_one(kernels, piece, positions, whole, params, config, state, fresh)
         after = _state_after(piece, scores, positions, kept, whole, count, config, state)
         return out, dataclasses.replace(after, fast_weights=weights)
+    if config.write == "eviction":
+        whole = (state.position + count - start) // block
+        o_state, o_cache, kept, weights = eviction.run_blocks(fresh, piece, positions, whole, params, config, state)
+        scores = jnp.zeros(o_state.shape[:3], jnp.float32).swapaxes(1, 2)  # made at a block's end
+        after = _state_after(piece, scores, positions, kept, whole, count, config, state)
+        return _gated(o_state, o_cache, piece, params), dataclasses.replace(after, fast_weights=weights)
     initial = None if fresh and axis is None else state.fast_weights
     state_path = by_xla.state_path if kernels is None else partial(by_kernels.state_path, kernels)
     state_out = state_path(piece, config, initial, before_device.document, axis)
@@ -127,11 +138,17 @@ def _phases(
         o_cache, kept = by_xla.read_blocks(fresh, *given)
     else:
         o_cache, kept = by_kernels.read_blocks(kernels, *given)
-    gate = jax.nn.sigmoid(params.gate_logit.astype(jnp.float32))[:, None]
-    out = (state_out.out + gate * o_cache).astype(inputs.v.dtype)
+    out = _gated(state_out.out, o_cache, piece, params)
     after = _state_after(piece, scores, positions, kept, whole, count, config, before_device)
     after = dataclasses.replace(after, fast_weights=state_out.final)
     return out, (after if axis is None else last_device_with_tokens(after, count, axis))
+
+
+def _gated(
+    o_state: Float[Array, "B L H V"], o_cache: Float[Array, "B L H V"], piece: Piece, params: CacheParams
+) -> Float[Array, "B L H V"]:
+    gate = jax.nn.sigmoid(params.gate_logit.astype(jnp.float32))[:, None]
+    return (o_state + gate * o_cache).astype(piece.inputs.v.dtype)
 
 
 def _state_after(
@@ -168,6 +185,8 @@ def _state_after(
         block_keys=running(piece.keys.swapaxes(1, 2)),
         block_values=running(piece.values.swapaxes(1, 2)),
         block_scores=running(scores),
+        cache_betas=None if kept.betas is None else jnp.where(alive, kept.betas, 0),
+        block_betas=None if piece.betas is None else running(piece.betas.swapaxes(1, 2)),
         position=position,
         document=document,
         document_start=start,

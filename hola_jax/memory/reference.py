@@ -35,6 +35,8 @@ class Head(NamedTuple):
     position: Array
     document: Array
     document_start: Array
+    cache_betas: Array | None  # where pairs are written when they are dropped
+    block_betas: Array | None
 
 
 class Token(NamedTuple):
@@ -82,6 +84,7 @@ def _start_document(memory: Head, document: Array) -> Head:
         cache_values=jnp.zeros_like(memory.cache_values),
         cache_scores=jnp.full_like(memory.cache_scores, -jnp.inf),
         cache_positions=jnp.full_like(memory.cache_positions, EMPTY),
+        cache_betas=None if memory.cache_betas is None else jnp.zeros_like(memory.cache_betas),
         document=document,
         document_start=memory.position,
     )
@@ -127,6 +130,8 @@ def _finish_block(memory: Head, visible: Array, block_start: Array, params: Cach
     best = jnp.lexsort((positions, -scores))[:window]
     if config.budget is not None:
         scores = scores.at[best].set(_within_budget(scores[best], positions[best], config.budget))
+    if config.write == "eviction":
+        memory = _absorb(memory, keys, values, positions, best, scores > -jnp.inf, params, config)
     filled = scores[best] > -jnp.inf
     return memory._replace(
         cache_keys=jnp.where(filled[:, None], keys[best], 0),
@@ -136,6 +141,34 @@ def _finish_block(memory: Head, visible: Array, block_start: Array, params: Cach
         block_keys=jnp.zeros_like(memory.block_keys),
         block_values=jnp.zeros_like(memory.block_values),
         block_scores=jnp.zeros_like(memory.block_scores),
+    )
+
+
+def _absorb(
+    memory: Head,
+    keys: Array,
+    values: Array,
+    positions: Array,
+    best: Array,
+    competes: Array,
+    params: CacheParams,
+    config: MemoryConfig,
+) -> Head:
+    """The pairs that competed and are not the best are written to S, the earliest first; the others keep their betas."""
+    assert memory.cache_betas is not None and memory.block_betas is not None
+    betas = jnp.concatenate([memory.cache_betas, memory.block_betas])
+    dropped = competes & ~jnp.zeros(competes.shape, bool).at[best].set(True)
+
+    def write(state: Array, pair: tuple[Array, ...]) -> tuple[Array, None]:
+        k, v, beta, dropped = pair
+        return jnp.where(dropped, state + beta * jnp.outer(k, v - k @ state), state), None
+
+    pairs = (of_state(keys, params, config), values.astype(jnp.float32), betas, dropped)
+    order = jnp.argsort(positions)
+    return memory._replace(
+        fast_weights=lax.scan(write, memory.fast_weights, tuple(x[order] for x in pairs))[0],
+        cache_betas=jnp.where(competes[best], betas[best], 0),
+        block_betas=jnp.zeros_like(memory.block_betas),
     )
 
 
@@ -151,7 +184,8 @@ def _token(
 
     decayed = jnp.reshape(alpha, (-1, 1)) * memory.fast_weights
     error = v - k @ decayed  # Eq. 3
-    state = decayed + token.beta * jnp.outer(k, error)  # Eq. 1
+    late = config.write == "eviction"  # S waits for what the cache drops
+    state = decayed if late else decayed + token.beta * jnp.outer(k, error)  # Eq. 1
     o_state = scale * (q @ state)
 
     block = config.block
@@ -164,6 +198,7 @@ def _token(
             retained(token.v, token.learned) if config.score == "learned" else token.v
         ),
         block_scores=memory.block_scores.at[fill].set(_score(config, token, error, memory.position, head, heads)),
+        block_betas=None if memory.block_betas is None else memory.block_betas.at[fill].set(token.beta),
     )
     block_start = memory.position - fill
     index = jnp.arange(block)

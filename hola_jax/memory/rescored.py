@@ -8,7 +8,7 @@ names rows by place alone and no gradient flows through it; the read comes after
 block's logits once for the choice, and the read makes them again: one product of queries and keys more.
 
 "recall" (LoLA's self-recall error, by HOLA's state) scores a pair by |S' k^ - v|: how wrong S, as it is after the block,
-gives its value back. In HOLA every pair is written to S, held by the cache or not.
+gives its value back. Here every pair is written to S, held by the cache or not; `eviction` has the other way.
 """
 
 from __future__ import annotations
@@ -92,12 +92,38 @@ def rank(
 ) -> Ranked:
     """The rows that each block finds, and what they are worth."""
     batch, length, heads = piece.queries.shape[:3]
-    window, block = config.window, config.block
+    blocks, found = blocks_of(piece, scores, positions, config), cache_of(state)
+
+    def merged(cache: Cache, block: Block, of_cache: Array, of_block: Array) -> Cache:
+        return best(candidates(cache, block, of_cache, of_block), config)[0]
+
+    def step(cache: Cache, given: tuple[Block, Array | None]) -> tuple[Cache, tuple[Rows, Array, Array]]:
+        block, after = given
+        now = cache.rows.scores, block.scores.swapaxes(1, 2)
+        if config.read_weight:
+            added = _attention(cache, block, params, piece.several)
+            now = now[0] + config.read_weight * added[0], now[1] + config.read_weight * added[1]
+        anew = now if after is None else recall_scores(after, cache, block, params, config)
+        return merged(cache, block, *anew), (cache.rows, *now)
+
+    last, (before, now, of_tokens) = lax.scan(step, found, (blocks, states))
+    return Ranked(
+        Rows(*(jnp.concatenate([a, b[None]]) for a, b in zip(before, last.rows, strict=True))),
+        jnp.concatenate([now, last.rows.scores[None]]),
+        of_tokens.transpose(1, 2, 0, 3).reshape(batch, heads, length),
+    )
+
+
+def blocks_of(
+    piece: Piece, scores: Float[Array, "B H L"], positions: Int32[Array, "B L"], config: MemoryConfig
+) -> Block:
+    """The blocks of a piece, stacked."""
+    batch, length = positions.shape
 
     def by_block(x: Array) -> Array:
-        return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(batch, length // config.block, config.block, *x.shape[2:]).swapaxes(0, 1)
 
-    places = jnp.broadcast_to(window + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    places = jnp.broadcast_to(config.window + jnp.arange(length, dtype=jnp.int32), (batch, length))
     tokens = (
         piece.queries,
         piece.keys,
@@ -108,27 +134,14 @@ def rank(
         positions,
         places,
     )
-    blocks = Block(*map(by_block, tokens))
-    own_places = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), state.cache_scores.shape)
-    rows = Rows(state.document, state.cache_scores, own_places)
-    found = Cache(rows, state.cache_positions, state.cache_keys, state.cache_values)
+    return Block(*map(by_block, tokens))
 
-    def step(cache: Cache, given: tuple[Block, Array | None]) -> tuple[Cache, tuple[Rows, Array, Array]]:
-        block, after = given
-        now = cache.rows.scores, block.scores.swapaxes(1, 2)
-        if config.read_weight:
-            given_now = _attention(cache, block, params, piece.several)
-            now = now[0] + config.read_weight * given_now[0], now[1] + config.read_weight * given_now[1]
-        if after is None:
-            return _merge(cache, block, *now, config), (cache.rows, *now)
-        return _merge(cache, block, *_of_state(after, cache, block, params, config), config), (cache.rows, *now)
 
-    last, (before, now, of_tokens) = lax.scan(step, found, (blocks, states))
-    return Ranked(
-        Rows(*(jnp.concatenate([a, b[None]]) for a, b in zip(before, last.rows, strict=True))),
-        jnp.concatenate([now, last.rows.scores[None]]),
-        of_tokens.transpose(1, 2, 0, 3).reshape(batch, heads, length),
-    )
+def cache_of(state: MemoryState) -> Cache:
+    """What the first block of a piece finds."""
+    places = jnp.broadcast_to(jnp.arange(state.cache_scores.shape[-1], dtype=jnp.int32), state.cache_scores.shape)
+    rows = Rows(state.document, state.cache_scores, places)
+    return Cache(rows, state.cache_positions, state.cache_keys, state.cache_values)
 
 
 def _attention(
@@ -159,16 +172,16 @@ def recall_error(
     return jnp.where(jnp.isfinite(error), error, 0.0)
 
 
-def _of_state(
+def recall_scores(
     state: Float[Array, "B H K V"], cache: Cache, block: Block, params: CacheParams, config: MemoryConfig
 ) -> tuple[Float[Array, "B H W"], Float[Array, "B H C"]]:
     """How wrong the state after the block recalls the cache's rows and the block's tokens."""
-    error = recall_error(state, *_candidates(cache, block), params, config)
+    error = lax.stop_gradient(recall_error(state, *_pairs(cache, block), params, config))
     of_cache, of_block = error[..., : cache.keys.shape[2]], error[..., cache.keys.shape[2] :]
     return jnp.where(cache.rows.scores > -jnp.inf, of_cache, -jnp.inf), of_block
 
 
-def _candidates(cache: Cache, block: Block) -> tuple[Float[Array, "B H X K"], Float[Array, "B H X V"]]:
+def _pairs(cache: Cache, block: Block) -> tuple[Float[Array, "B H X K"], Float[Array, "B H X V"]]:
     """Keys and values of the cache's rows and of the block's tokens behind them."""
     group = block.values.shape[2] // block.keys.shape[2]
     of_tokens = jnp.repeat(block.keys.swapaxes(1, 2), group, axis=1)
@@ -176,10 +189,21 @@ def _candidates(cache: Cache, block: Block) -> tuple[Float[Array, "B H X K"], Fl
     return keys, jnp.concatenate([cache.values, block.values.swapaxes(1, 2)], axis=2)
 
 
-def _merge(
-    cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block: Float[Array, "B H C"], config: MemoryConfig
-) -> Cache:
-    """The best rows of the cache and of the block; a document that ended competes no more."""
+class Candidates(NamedTuple):
+    """The rows of a cache, and behind them the tokens of a block."""
+
+    document: Int32[Array, " B"]  # that of the block's end
+    scores: Float[Array, "B H X"]  # -inf where a pair does not compete
+    positions: Int32[Array, "B H X"]
+    places: Int32[Array, "B H X"]
+    keys: Float[Array, "B H X K"]
+    values: Float[Array, "B H X V"]
+
+
+def candidates(
+    cache: Cache, block: Block, of_cache: Float[Array, "B H W"], of_block: Float[Array, "B H C"]
+) -> Candidates:
+    """The pairs that compete for the cache; those of a document that ended do no more."""
     heads = of_cache.shape[1]
     document = jnp.maximum(cache.rows.document, jnp.max(block.documents, axis=1))
     of_cache = jnp.where((cache.rows.document == document)[:, None, None], of_cache, -jnp.inf)
@@ -191,12 +215,13 @@ def _merge(
         return jnp.concatenate([rows, tokens], axis=-1)
 
     positions, places = joined(cache.positions, block.positions), joined(cache.rows.places, block.places)
-    keys, values = _candidates(cache, block)
-    best, index = best_of(config, scores, positions, keys)
+    return Candidates(document, scores, positions, places, *_pairs(cache, block))
+
+
+def best(found: Candidates, config: MemoryConfig) -> tuple[Cache, Int32[Array, "B H W"]]:
+    """The rows that stay, and which of the candidates they are."""
+    scores, index = best_of(config, found.scores, found.positions, found.keys)
     take = jax.vmap(jax.vmap(lambda rows, at: rows[at]))
-    return Cache(
-        Rows(document, best, jnp.take_along_axis(places, index, axis=-1)),
-        jnp.take_along_axis(positions, index, axis=-1),
-        take(keys, index),
-        take(values, index),
-    )
+    rows = Rows(found.document, scores, jnp.take_along_axis(found.places, index, axis=-1))
+    positions = jnp.take_along_axis(found.positions, index, axis=-1)
+    return Cache(rows, positions, take(found.keys, index), take(found.values, index)), index

@@ -15,6 +15,7 @@ from hola_jax.array_types import Array, Bool, Float, Int32
 Score = Literal["surprise", "residual", "write", "recency", "random", "attention", "recall", "learned"]
 Read = Literal["rmsnorm", "unit_l2"]
 Scan = Literal["auto", "associative", "sequential"]
+Write = Literal["arrival", "eviction"]
 Pytree = TypeVar("Pytree")
 
 RESCORED = ("attention", "recall")  # scores of a pair that change while it is held
@@ -41,6 +42,8 @@ class MemoryConfig:
     seed         of the "random" score
     read_energy  share of its softmax weights that a read keeps, in (0, 1]: the fewest of the visible entries, the null sink
                  among them, whose weights reach it, renormalised (equals of the smallest kept stay too). None keeps all
+    write        when a pair is written to the state: "arrival", when it comes, held by the cache or not (HOLA); "eviction",
+                 when the cache drops it, so that it is in one of the two (LoLA), for the score "recall" alone
     sparsity     of the "learned" score: only tokens whose logit is positive compete, and training holds their share down to
                  this, in (0, 1]; the cache may hold fewer than W. None: all compete
     read_power   whether a read multiplies a pair's softmax weight by its score to a learned power, which is 0 at first
@@ -64,6 +67,7 @@ class MemoryConfig:
     state_scale: float | None = None
     seed: int = 0
     read_energy: float | None = None
+    write: Write = "arrival"
     sparsity: float | None = None
     read_power: bool = False
     fade: float | None = None
@@ -81,10 +85,20 @@ class MemoryConfig:
                 f"MemoryConfig.chunk={self.chunk} does not divide block={self.block}; "
                 f"use one of {[d for d in range(1, self.block + 1) if self.block % d == 0]}"
             )
-        for name, allowed in (("score", get_args(Score)), ("read", get_args(Read)), ("scan", get_args(Scan))):
+        for name, choices in (("score", Score), ("read", Read), ("scan", Scan), ("write", Write)):
+            allowed = get_args(choices)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MemoryConfig.{name} is {getattr(self, name)!r}; it must be one of {list(allowed)}")
-
+        if self.write == "eviction" and self.score != "recall":
+            raise ValueError(
+                f"MemoryConfig.write='eviction' is of score='recall', and score is {self.score!r}: a pair that the "
+                "state lacks must be scored by what the state would answer"
+            )
+        if self.write == "eviction" and self._beside_the_score:
+            raise ValueError(
+                f"MemoryConfig.write='eviction' does not go with {self._beside_the_score}: what is dropped is absorbed, and "
+                "a score alone may drop it"
+            )
         energy = self.read_energy
         if energy is not None and not 0 < energy <= 1:
             raise ValueError(f"MemoryConfig.read_energy is {energy!r}; it must be None or a share in (0, 1]")
@@ -192,6 +206,8 @@ class MemoryState:
     document: Int32[Array, " B"]  # segment id of the last real token; 0 before any
     document_start: Int32[Array, " B"]  # position at which that document began
     config: MemoryConfig = dataclasses.field(metadata={"static": True})
+    cache_betas: Float[Array, "B H W"] | None = None  # float32; None but where pairs are written late
+    block_betas: Float[Array, "B H C"] | None = None
     scorer: Any = None  # what a layer remembers that makes the "learned" scores; the memory carries it and no more
 
     @property
@@ -212,7 +228,7 @@ def init_state(
 ) -> MemoryState:
     """The memory of an empty prefix; `dtype` is that of the exact keys and values (fast weights are float32)."""
     key_heads = heads if key_heads is None else key_heads
-    window, block = config.window, config.block
+    window, block, late = config.window, config.block, config.write == "eviction"
 
     def zeros(*shape: int, dtype: DTypeLike = dtype) -> Array:
         return jnp.zeros((batch, *shape), dtype)
@@ -230,6 +246,8 @@ def init_state(
         document=zeros(dtype=jnp.int32),
         document_start=zeros(dtype=jnp.int32),
         config=config.meaning(),
+        cache_betas=zeros(heads, window, dtype=jnp.float32) if late else None,
+        block_betas=zeros(heads, block, dtype=jnp.float32) if late else None,
     )
 
 

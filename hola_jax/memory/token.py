@@ -14,6 +14,7 @@ from hola_jax.memory.align import Inputs
 from hola_jax.memory.cache_read import read_token
 from hola_jax.memory.choice import best_of
 from hola_jax.memory.delta_rule import delta_rule_token
+from hola_jax.memory.eviction import absorb, dropped_pairs
 from hola_jax.memory.exact_cache import best_rows, token_scores
 from hola_jax.memory.learned import retained
 from hola_jax.memory.norms import for_reading, unit_l2, with_power, with_score
@@ -33,6 +34,8 @@ class Rows(NamedTuple):
     block_keys: Float[Array, "B h C K"]
     block_values: Float[Array, "B H C V"]
     block_scores: Float[Array, "B H C"]
+    cache_betas: Float[Array, "B H W"] | None  # where pairs are written when they are dropped
+    block_betas: Float[Array, "B H C"] | None
 
 
 class Clean(NamedTuple):
@@ -78,12 +81,12 @@ def run_token(
 
     beta = jnp.where(real[:, None], beta, 0.0)
     log_decay = jnp.where(real.reshape(-1, *[1] * (log_decay.ndim - 1)), log_decay, 0.0)
-    group = heads // key_heads
+    group, late = heads // key_heads, config.write == "eviction"
     o_state, error, fast_weights = delta_rule_token(
         jnp.repeat(unit_l2(q), group, axis=1),
         jnp.repeat(unit_l2(k), group, axis=1),
         v,
-        beta,
+        jnp.zeros_like(beta) if late else beta,
         log_decay,
         state.fast_weights,
         config.scale(k.shape[-1]),
@@ -105,6 +108,7 @@ def run_token(
             v if learned is None else retained(v, learned), mode="drop"
         ),
         block_scores=rows.block_scores.at[row, :, slot].set(score, mode="drop"),
+        block_betas=None if rows.block_betas is None else rows.block_betas.at[row, :, slot].set(beta, mode="drop"),
     )
     index = jnp.arange(block)
     seen = (index <= fill[:, None]) & ((state.position - fill)[:, None] + index >= document_start[:, None])
@@ -138,10 +142,13 @@ def run_token(
     out = spoil(jnp.where(real[:, None, None], o_state + gate * o_cache, 0.0), (spoilt | clean.asks) & real[:, None])
     complete, position = real & (fill == block - 1), state.position + real
 
-    def merged(rows: Rows) -> Rows:
-        return _merge(rows, complete, seen, position, config, params, fast_weights)
+    def merged(rows: Rows, weights: Array | None) -> tuple[Rows, Array | None]:
+        rows, absorbed = _merge(rows, complete, seen, position, config, params, fast_weights)
+        return rows, None if weights is None else select(complete, absorbed, weights)
 
-    rows = lax.cond(jnp.any(complete), merged, lambda rows: rows, rows)
+    held = fast_weights if late else None  # what passes through a conditional may be copied
+    rows, held = lax.cond(jnp.any(complete), merged, lambda *given: given, rows, held)
+    fast_weights = fast_weights if held is None else held
     state = dataclasses.replace(
         state,
         fast_weights=spoil(fast_weights, spoilt),
@@ -161,6 +168,7 @@ def _forget(rows: Rows, which: Bool[Array, " B"]) -> Rows:
         cache_values=jnp.zeros_like(rows.cache_values),
         cache_scores=jnp.full_like(rows.cache_scores, -jnp.inf),
         cache_positions=jnp.full_like(rows.cache_positions, EMPTY),
+        cache_betas=None if rows.cache_betas is None else jnp.zeros_like(rows.cache_betas),
     )
     return select(which, empty, rows)
 
@@ -173,9 +181,9 @@ def _merge(
     config: MemoryConfig,
     params: CacheParams,
     fast_weights: Float[Array, "B H K V"],
-) -> Rows:
+) -> tuple[Rows, Float[Array, "B H K V"] | None]:
     """The running block of the named rows of the batch is complete: its visible tokens compete with the cache, and the block
-    is empty."""
+    is empty. And S with what was dropped, where that is written then."""
     window, block = rows.cache_scores.shape[-1], rows.block_scores.shape[-1]
     heads, group = rows.cache_scores.shape[1], rows.cache_scores.shape[1] // rows.block_keys.shape[1]
     scores = jnp.concatenate([rows.cache_scores, jnp.where(seen[:, None], rows.block_scores, -jnp.inf)], axis=-1)
@@ -194,6 +202,12 @@ def _merge(
         best, index = best_rows(scores, lax.broadcasted_iota(jnp.int32, scores.shape, 2), window)
     filled = best > -jnp.inf
     take = jax.vmap(jax.vmap(lambda x, i: x[i]))
+    betas = absorbed = None
+    if rows.cache_betas is not None and rows.block_betas is not None:
+        betas = jnp.concatenate([rows.cache_betas, rows.block_betas], axis=-1)
+        dropped = dropped_pairs(scores, index)
+        absorbed = absorb(fast_weights, keys, values, betas, positions, dropped, params, config)
+        betas = jnp.where(filled, jnp.take_along_axis(betas, index, axis=-1), 0)
     merged = Rows(
         cache_keys=jnp.where(filled[..., None], take(keys, index), 0),
         cache_values=jnp.where(filled[..., None], take(values, index), 0),
@@ -202,5 +216,7 @@ def _merge(
         block_keys=jnp.zeros_like(rows.block_keys),
         block_values=jnp.zeros_like(rows.block_values),
         block_scores=jnp.zeros_like(rows.block_scores),
+        cache_betas=betas,
+        block_betas=None if rows.block_betas is None else jnp.zeros_like(rows.block_betas),
     )
-    return select(which, merged, rows)
+    return select(which, merged, rows), absorbed

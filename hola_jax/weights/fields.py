@@ -43,6 +43,7 @@ _MEMORY = {  # of config.json: of MemoryConfig
     "cache_read": "read",
     "cache_seed": "seed",
     "cache_read_energy": "read_energy",
+    "cache_write": "write",
     "cache_read_power": "read_power",
     "cache_fade": "fade",
     "cache_read_credit": "read_credit",

@@ -154,10 +154,10 @@ def test_batch_and_heads_may_be_sharded_by_the_compiler(config):
     assert_same_state(state, expected_state)
 
 
-@pytest.mark.parametrize("score", RESCORED)
-def test_blocks_that_wait_for_each_other_are_not_divided_over_devices(score):
-    with pytest.raises(NotImplementedError, match=f"score='{score}'.* divide the batch or the heads"):
-        along_sequence(RESCORED[score])(inputs(0, TOKENS), None, None, PARAMS)
+@pytest.mark.parametrize("config", RESCORED.values(), ids=RESCORED)
+def test_blocks_that_wait_for_each_other_are_not_divided_over_devices(config):
+    with pytest.raises(NotImplementedError, match=f"score='{config.score}'.* divide the batch or the heads"):
+        along_sequence(config)(inputs(0, TOKENS), None, None, PARAMS)
 
 
 @pytest.mark.slow

@@ -29,10 +29,10 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                 qt, kt, vt = q[b, t, h // (H // KEY_HEADS)], k[b, t, h // (H // KEY_HEADS)], v[b, t, h]
                 if segments[b, t] != head["document"]:
                     head.update(state=np.zeros((K, V)), document=segments[b, t], seen=[])
-                seen = head["seen"]  # of each: position, score, key, value, the state's key
+                seen = head["seen"]  # of each: position, score, key, value, the state's key, beta
                 alpha = np.exp(g[b, t, h])
-                e = vt - alpha * unit(kt) @ head["state"]
-                head["state"] = state = alpha * head["state"] + beta[b, t, h] * np.outer(unit(kt), e)
+                e, late = vt - alpha * unit(kt) @ head["state"], config.write == "eviction"
+                head["state"] = state = alpha * head["state"] + (1 - late) * beta[b, t, h] * np.outer(unit(kt), e)
                 o = K**-0.5 * unit(qt) @ state
                 score = {
                     "surprise": beta[b, t, h] * np.linalg.norm(e),
@@ -47,7 +47,7 @@ def by_definition(arrays, params: CacheParams, config: MemoryConfig, segments) -
                     key, query = rms(kt, ks), rms(qt, qs) / np.sqrt(K)
                 else:
                     key, query = unit(kt), unit(qt) * temperature[h]
-                seen.append([position, score, key, vt, unit(kt)])
+                seen.append([position, score, key, vt, unit(kt), beta[b, t, h]])
                 first = position - position % config.block
                 earlier = [s for s in seen if s[0] < first and (config.sparsity is None or s[1] > 0)]
                 earlier = sorted(earlier, key=lambda s: (-s[1], s[0]))[: config.window]
@@ -79,8 +79,11 @@ def dropped(heads, config: MemoryConfig) -> None:
             for n, s in enumerate(seen):
                 s[1] = max(scores[m] for m in range(n + 1) if alike[m][n])
                 s[1] = -np.inf if any(alike[n][n + 1 :]) else s[1]
-        head["seen"] = sorted((s for s in seen if s[1] > -np.inf), key=lambda s: (-s[1], s[0]))[: config.window]
-        head["seen"].sort(key=lambda s: s[0])
+        ranked = sorted((s for s in seen if s[1] > -np.inf), key=lambda s: (-s[1], s[0]))
+        head["seen"] = sorted(ranked[: config.window], key=lambda s: s[0])
+        if config.write == "eviction":
+            for s in sorted(ranked[config.window :], key=lambda s: s[0]):
+                head["state"] = head["state"] + s[5] * np.outer(s[4], s[3] - s[4] @ head["state"])
     if config.budget:
         scores = sorted((s[1] for head in heads for s in head["seen"]), reverse=True)[: config.budget]
         for head in heads:

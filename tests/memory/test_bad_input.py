@@ -119,6 +119,8 @@ def test_a_bad_call_is_refused_by_name_when_it_is_traced(case):
         ({"read": "softmax"}, "read is 'softmax'"),
         ({"scan": "tree"}, "scan is 'tree'"),
         ({"score": "learned", "sparsity": 0.0}, r"sparsity is 0.0; it must be None or a share in \(0, 1\]"),
+        ({"write": "never"}, "write is 'never'; it must be one of"),
+        ({"write": "eviction"}, "write='eviction' is of score='recall', and score is 'surprise'"),
         ({"sparsity": 0.1}, "sparsity=0.1 is of score='learned', .* and score is 'surprise'"),
     ],
 )

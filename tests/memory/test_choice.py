@@ -49,6 +49,7 @@ def test_heads_share_a_budget_and_the_earlier_token_then_the_earlier_head_wins_a
             {"fade": 9.0, "score": "recency"},
             "fade is 9.0 and the score 'recency'; it is of the scores surprise, residual",
         ),
+        ({"score": "recall", "write": "eviction", "budget": 4}, "write='eviction' does not go with budget=4"),
         ({"read_power": True, "fade": 9.0}, "read_power goes with scores as they are, and fade is 9.0"),
     ],
 )
