@@ -25,6 +25,8 @@ study = Study(
         "no-cache": {"model.mixer": "gated_deltanet"},
         "hola": {},
         "hola-recency": {"model.memory.score": "recency"},
+        "hola-read-2": {"model.read_init": 2.0},  # as sharp as over keys of 256 numbers: configs/study/mixture.py
+        "attention": {"model.mixer": "transformer"},
     },
     measures={
         "perplexity of a byte": Measure(LibraryText(), shows="perplexity", rows=512),
