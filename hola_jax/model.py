@@ -23,7 +23,7 @@ from hola_jax.layers.init import named_key, normal
 from hola_jax.layers.linear import Linear
 from hola_jax.layers.mlp import SwiGLU
 from hola_jax.layers.norm import norm_of
-from hola_jax.layers.residuals import MIXER, MLP, Attentive, Plain, Read, Residual, attend_over_depth
+from hola_jax.layers.residuals import MIXER, MLP, Plain, Read, Residual, attend_over_depth
 from hola_jax.memory.align import align, to_places, to_tokens
 
 Params = dict[str, Any]  # nested, of arrays
@@ -178,24 +178,20 @@ class LanguageModel(nnx.Module):
         commit = getattr(MIXERS[config.mixer], "commit", None)
         in_place = state is not None and x.shape[1] == 1 and commit is None and watch is None
 
-        def layer(x: Array, given: tuple[Any, State]) -> tuple[Array, State]:
-            (params, view), state = given
+        def layer(x: Any, given: tuple[tuple[Params, Residual], State]) -> tuple[Any, State]:
+            (params, rule), state = given
             params = params if gather is None else gather(params)
-            residual = PLAIN if view is None else Attentive(view, config.norm_epsilon)
             block: Block = nnx.merge(structure, params)
             seen = None if watch is None else watch(block)
-            x, after = block(x, segment_ids, state, sequence_axis=sequence_axis, residual=residual)
+            x, after = block(x, segment_ids, state, sequence_axis=sequence_axis, residual=rule)
             return x, after if seen is None else (after, seen())
 
-        def through(x: Array, layers: Any, states: State) -> tuple[Array, State]:
-            if in_place:
-                return _in_place(layer, x, layers, states)
-            return lax.scan(_remat(layer, config.remat, gather is not None), x, (layers, states))
-
+        kept = _remat(layer, config.remat, gather is not None)
+        through = partial(_in_place, layer) if in_place else partial(lax.scan, kept)
         if self.read is None:
-            x, after = through(x, (layers, None), state)
+            x, after = through(x, ((layers, PLAIN), state))
         else:
-            x, after = attend_over_depth(config, through, x, layers, state, self.read)
+            x, after = attend_over_depth(config, kept, through, x, layers, state, self.read)
         after, seen = (after, None) if watch is None else after
         if commit is not None:
             after = commit(init_state(config, x.shape[0]) if state is None else state, after)
@@ -233,12 +229,14 @@ class LanguageModel(nnx.Module):
 
 
 def _in_place(
-    layer: Callable[..., tuple[Array, State]], x: Array, layers: Params, states: State
-) -> tuple[Array, State]:
+    layer: Callable[..., tuple[Any, State]], x: Any, given: tuple[tuple[Params, Residual], State]
+) -> tuple[Any, State]:
     """The layers in order, each of which changes its part of the states. A scan that is given the states and gives them back
     has two copies of them all, and moves one to the other."""
 
-    def step(carry: tuple[Array, State], numbered: tuple[Array, Params]) -> tuple[tuple[Array, State], None]:
+    layers, states = given
+
+    def step(carry: tuple[Any, State], numbered: tuple[Array, Any]) -> tuple[tuple[Any, State], None]:
         (x, states), (number, params) = carry, numbered
         state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, number, keepdims=False), states)
         x, state = layer(x, (params, state))

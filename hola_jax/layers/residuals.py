@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -33,11 +33,12 @@ ABSENT = -1e30  # a logit whose power is zero, without inf - inf where nothing i
 class Residual(Protocol):
     """What a block asks of the rule that joins its sub-layers. `x` is whatever passes from layer to layer."""
 
-    def read(self, x: Array, sublayer: int) -> Float[Array, "B T D"]: ...
+    def read(self, x: Any, sublayer: int) -> Float[Array, "B T D"]: ...
 
-    def add(self, x: Array, y: Float[Array, "B T D"], sublayer: int) -> Array: ...
+    def add(self, x: Any, y: Float[Array, "B T D"], sublayer: int) -> Any: ...
 
 
+@jax.tree_util.register_static
 class Plain:
     """One running sum."""
 
@@ -57,117 +58,135 @@ class Read(nnx.Module):
 
 
 class Part(NamedTuple):
-    """Of a softmax over sources, what some of them bring; any parts of one softmax can be joined, in any order."""
+    """Of the softmax over sources of R readers, what some of the sources bring; any parts of it can be joined."""
 
-    top: Float[Array, "... B T"]  # the largest logit
-    mass: Float[Array, "... B T"]  # sum of exp(logit - top)
-    total: Float[Array, "... B T D"]  # sum of exp(logit - top) source
-
-    def joined(self, other: Part) -> Part:
-        top = jnp.maximum(self.top, other.top)
-        ours, theirs = jnp.exp(self.top - top), jnp.exp(other.top - top)
-        total = ours[..., None] * self.total + theirs[..., None] * other.total
-        return Part(top, ours * self.mass + theirs * other.mass, total)
-
-    def mean(self) -> Float[Array, "... B T D"]:
-        return self.total / self.mass[..., None]
+    top: Float[Array, "R B T"]  # the largest logit, a constant to the backward pass: no read depends on it
+    mass: Float[Array, "R B T"]  # sum of exp(logit - top)
+    total: Float[Array, "R B T D"]  # sum of exp(logit - top) source
 
 
-def logits(
-    directions: Float[Array, "R D"], sources: Float[Array, "S B T D"], epsilon: float
-) -> Float[Array, "R S B T"]:
-    """query' RMSNorm(source) of R readers; a direction is the query times the norm's scale."""
+Looked = tuple[Array, ...]
+
+
+def _look(directions: Array, sources: Array, count: Array | int, epsilon: float) -> tuple[Part, Looked]:
     x = sources.astype(jnp.float32)
-    products = jnp.einsum("rd,sbtd->rsbt", directions, x, precision=lax.Precision.HIGHEST)
-    return products * lax.rsqrt(jnp.mean(x * x, axis=-1) + epsilon)
+    inverse = lax.rsqrt(jnp.mean(x * x, axis=-1) + epsilon)
+    logits = jnp.einsum("rd,sbtd->rsbt", directions, x, precision=lax.Precision.HIGHEST) * inverse
+    logits = jnp.where((jnp.arange(len(x)) < count)[:, None, None], logits, ABSENT)
+    top = jnp.max(logits, axis=1)
+    powers = jnp.exp(logits - top[:, None])
+    total = jnp.stack([jnp.sum(power[..., None] * x, axis=0) for power in powers])
+    return Part(top, jnp.sum(powers, axis=1), total), (directions, sources, inverse, logits, powers)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def look(
-    directions: Float[Array, "R D"], sources: Float[Array, "S B T D"], count: Int[Array, ""], epsilon: float
+    directions: Float[Array, "R D"], sources: Float[Array, "S B T D"], count: Int[Array, ""] | int, epsilon: float
 ) -> Part:
-    """What R readers find in the first `count` sources; each field has an axis R in front."""
-    there = jnp.arange(sources.shape[0]) < count
-    found = jnp.where(there[:, None, None], logits(directions, sources, epsilon), ABSENT)
-    top = lax.stop_gradient(jnp.max(found, axis=1))
-    powers = jnp.exp(found - top[:, None])
-    total = jnp.einsum("rsbt,sbtd->rbtd", powers, sources.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return Part(top, jnp.sum(powers, axis=1), total)
+    """What R readers find in the first `count` sources; a direction is the query times the norm's scale.
+
+    The backward pass goes over the sources once, for all readers, and keeps them in their own type."""
+    return _look(directions, sources, count, epsilon)[0]
 
 
-@partial(jax.checkpoint, static_argnums=3)
-def lookback(
-    directions: Float[Array, "R D"], sources: Float[Array, "S B T D"], count: Int[Array, ""], epsilon: float
-) -> Part:
-    """`look`, of which the backward pass keeps the sources alone, and those in their own type."""
-    return look(directions, sources, count, epsilon)
+def _look_back(epsilon: float, looked: Looked, given: Part) -> tuple[Array, Array, None]:
+    directions, sources, inverse, logits, powers = looked
+    x = sources.astype(jnp.float32)
+    along = jnp.stack([jnp.sum(each * x, axis=-1) for each in given.total])  # [R S B T]
+    slope = powers * (given.mass[:, None] + along)  # by logit
+    by_product = slope * inverse
+    by_square = jnp.sum(slope * logits, axis=0) * inverse**2 / x.shape[-1]
+    back = -by_square[..., None] * x
+    for power, each, product, direction in zip(powers, given.total, by_product, directions, strict=True):
+        back += power[..., None] * each + product[..., None] * direction
+    turned = jnp.einsum("rsbt,sbtd->rd", by_product, x, precision=lax.Precision.HIGHEST)
+    return turned, back.astype(sources.dtype), None
 
 
-@partial(jax.checkpoint, static_argnums=4)
-def joined_read(
-    earlier: Part,
-    direction: Float[Array, " D"],
-    sources: Float[Array, "S B T D"],
-    count: Int[Array, ""],
-    epsilon: float,
-) -> Float[Array, "B T D"]:
-    """What one reader finds in sources of which the `earlier` ones are looked at already; in the type of the others."""
-    own = jax.tree.map(lambda leaf: leaf[0], look(direction[None], sources, count, epsilon))
-    return earlier.joined(own).mean().astype(sources.dtype)
+look.defvjp(_look, _look_back)
 
 
-class View(NamedTuple):
-    """What a layer's two readers know beforehand; leading axis g for the layers of a group."""
+def _mean(parts: tuple[Part, ...], dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    tops = jnp.stack([part.top for part in parts])
+    shares = jnp.exp(tops - jnp.max(tops, axis=0))
+    shares /= sum(share * part.mass for share, part in zip(shares, parts, strict=True))
+    found = sum((share[..., None] * part.total for share, part in zip(shares, parts, strict=True)), jnp.float32(0))
+    found = found.astype(dtype)
+    return found, (shares, found)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def mean(parts: tuple[Part, ...], dtype: Any) -> Float[Array, "R B T D"]:
+    """What readers read whose softmax has these parts. Of the parts the backward pass keeps no total: the mean is enough."""
+    return _mean(parts, dtype)[0]
+
+
+def _mean_back(dtype: Any, kept: tuple[Array, Array], given: Array) -> tuple[tuple[Part, ...]]:
+    shares, found = kept
+    given = given.astype(jnp.float32)
+    along = jnp.sum(given * found, axis=-1)
+    return (tuple(Part(jnp.zeros_like(share), -share * along, share[..., None] * given) for share in shares),)
+
+
+mean.defvjp(_mean, _mean_back)
+
+
+def _at(tree: Any, index: int | slice) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["directions", "earlier"],
+    meta_fields=["sums", "dtype", "epsilon"],
+)
+@dataclass(frozen=True)
+class InGroup:
+    """The rule inside a layer of a group. `x` is the group's own sources: its block's sum, or every output."""
 
     directions: Float[Array, "2 D"]
-    earlier: Part  # leading axis 2: what they find in the sources from before the group
-    counts: Int[Array, " 2"]  # how many of the group's own sources are there
-    slots: Int[Array, " 2"]  # and to which of those their outputs are added
-
-
-class Attentive(NamedTuple):
-    """The rule inside of one layer: `x` is the group's own sources [S B T D]."""
-
-    view: View
+    earlier: Part  # R = 2: what the layer's readers find in the sources from before the group
+    sums: bool
+    dtype: Any
     epsilon: float
 
-    def read(self, x: Float[Array, "S B T D"], sublayer: int) -> Float[Array, "B T D"]:
-        view = jax.tree.map(lambda leaf: leaf[sublayer], self.view)
-        return joined_read(view.earlier, view.directions, x, view.counts, self.epsilon)
+    def read(self, x: tuple[Array, ...], sublayer: int) -> Float[Array, "B T D"]:
+        reader = slice(sublayer, sublayer + 1)
+        parts = [_at(self.earlier, reader)]
+        parts += [look(self.directions[reader], source[None], 1, self.epsilon) for source in x]
+        return mean(tuple(parts), self.dtype)[0]
 
-    def add(self, x: Float[Array, "S B T D"], y: Float[Array, "B T D"], sublayer: int) -> Float[Array, "S B T D"]:
-        slot = self.view.slots[sublayer]
+    def add(self, x: tuple[Array, ...], y: Float[Array, "B T D"], sublayer: int) -> tuple[Array, ...]:
+        return (x[0] + y,) if self.sums and x else (*x, y)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["directions", "counts", "slots"], meta_fields=["epsilon"])
+@dataclass(frozen=True)
+class OfOneToken:
+    """The rule inside a layer when one token goes through all. `x` is all sources: few numbers, looked at each time."""
+
+    directions: Float[Array, "2 D"]
+    counts: Int[Array, " 2"]  # how many sources are there
+    slots: Int[Array, " 2"]  # to which of them the outputs are added
+    epsilon: float
+
+    def read(self, x: Float[Array, "S B 1 D"], sublayer: int) -> Float[Array, "B 1 D"]:
+        found = look(self.directions[sublayer][None], x, self.counts[sublayer], self.epsilon)
+        return mean((found,), x.dtype)[0]
+
+    def add(self, x: Float[Array, "S B 1 D"], y: Float[Array, "B 1 D"], sublayer: int) -> Float[Array, "S B 1 D"]:
+        slot = self.slots[sublayer]
         return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(x, slot, keepdims=False) + y, slot, 0)
 
 
-class Depths(NamedTuple):
-    """Where the sub-layers of a group read and write, counted from the group's first source."""
-
-    group: int  # layers
-    sources: int  # to which the group's sub-layers add
-    counts: np.ndarray  # [g, 2]
-    slots: np.ndarray  # [g, 2]
-
-
-def depths(config: ModelConfig, tokens: int) -> Depths:
-    """One token has all layers in one group: its sources are small, and a state that is changed in place stays whole."""
-    block = 1 if config.residual == "attention" else 2 * config.layers // residual_blocks(config)  # in sub-layers
-    if tokens == 1:
-        group = config.layers
-    elif block > 1:
-        group = block // 2
-    else:
-        group = nearest_divisor(config.layers, math.sqrt(config.layers))
-    numbers = np.arange(2 * group).reshape(group, 2)
-    slots = numbers // block
-    return Depths(group, 2 * group // block, (slots + (numbers % block > 0)).astype(np.int32), slots.astype(np.int32))
-
-
-Through = Callable[[Array, Any, Any], tuple[Array, Any]]
+# (x, ((parameters, rule), state)) of a layer, or those of all layers stacked, to (x, the state afterwards).
+Layer = Callable[[Any, tuple[tuple[Any, Residual], Any]], tuple[Any, Any]]
 
 
 def attend_over_depth(
     config: ModelConfig,
-    through: Through,
+    layer: Layer,
+    through: Layer,
     x: Float[Array, "B T D"],
     layers: dict[str, Any],
     states: Any,
@@ -175,37 +194,51 @@ def attend_over_depth(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """(what the reader `last` finds in all sources, what the layers return besides).
 
-    through  (sources, (parameters, view), states) of some layers to (sources, ...): runs them in order
+    layer    runs one
+    through  runs all of them in order
     layers   parameters of all layers, stacked; those of their readers must be whole
     """
-    plan, epsilon = depths(config, x.shape[1]), config.norm_epsilon
+    sublayers = 2 * config.layers
+    full = config.residual == "attention"
+    block = 1 if full else sublayers // residual_blocks(config)
     both = [layers[name]["query"] * layers[name]["scale"] for name in ("mixer_read", "mlp_read")]
     directions = jnp.stack(both, axis=1)  # [N 2 D]
-
-    def group(
-        sources: Array, count: Int[Array, ""] | int, layers: Any, states: Any, directions: Float[Array, "g 2 D"]
-    ) -> tuple[Array, Any]:
-        earlier = lookback(directions.reshape(-1, x.shape[-1]), sources, jnp.asarray(count), epsilon)
-        earlier = jax.tree.map(lambda leaf: leaf.reshape(plan.group, 2, *leaf.shape[1:]), earlier)
-        view = View(directions, earlier, jnp.asarray(plan.counts), jnp.asarray(plan.slots))
-        own = jnp.zeros((plan.sources, *x.shape), x.dtype)
-        return through(own, (layers, view), states)
-
-    def step(sources: Array, given: tuple[Array, Any]) -> tuple[Array, Any]:
-        number, parts = given
-        first = 1 + number * plan.sources
-        own, after = group(sources, first, *parts)
-        return lax.dynamic_update_slice_in_dim(sources, own, first, 0), after
-
-    if plan.group == config.layers:
-        own, after = group(x[None], 1, layers, states, directions)
-        sources = jnp.concatenate([x[None], own])
+    sources = jnp.zeros((1 + sublayers // block, *x.shape), x.dtype).at[0].set(x)
+    if x.shape[1] == 1:
+        numbers = jnp.arange(sublayers).reshape(-1, 2)
+        slots = 1 + numbers // block
+        rules = OfOneToken(directions, slots + (numbers % block > 0), slots, config.norm_epsilon)
+        sources, after = through(sources, ((layers, rules), states))
     else:
-        groups = config.layers // plan.group
-        parts = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), (layers, states, directions))
-        sources = jnp.zeros((1 + groups * plan.sources, *x.shape), x.dtype).at[0].set(x)
-        sources, after = lax.scan(step, sources, (jnp.arange(groups), parts))
-        after = jax.tree.map(lambda leaf: leaf.reshape(config.layers, *leaf.shape[2:]), after)
-    everything = jnp.asarray(sources.shape[0])
-    found = lookback((last.query[...] * last.scale[...])[None], sources, everything, epsilon).mean()
-    return found[0].astype(x.dtype), after
+        size = nearest_divisor(config.layers, math.sqrt(config.layers)) if full else block // 2
+        sources, after = _in_groups(config, size, layer, sources, (layers, directions, states))
+    found = look((last.query[...] * last.scale[...])[None], sources, len(sources), config.norm_epsilon)
+    return mean((found,), x.dtype)[0], after
+
+
+def _in_groups(
+    config: ModelConfig, size: int, layer: Layer, sources: Float[Array, "S B T D"], stacked: tuple[Any, Array, Any]
+) -> tuple[Float[Array, "S B T D"], Any]:
+    """A scan over groups of `size` layers, which are written out: a scan of them would keep what it keeps twice."""
+    groups = config.layers // size
+    own_sources = (len(sources) - 1) // groups
+
+    def group(sources: Array, given: tuple[Array, tuple[Any, Array, Any]]) -> tuple[Array, Any]:
+        number, (layers, directions, states) = given
+        count = 1 + number * own_sources
+        earlier = look(directions.reshape(2 * size, -1), sources, count, config.norm_epsilon)
+        own: tuple[Array, ...] = ()
+        afters = []
+        for i in range(size):
+            params, way, state = _at((layers, directions, states), i)
+            rule = InGroup(
+                way, _at(earlier, slice(2 * i, 2 * i + 2)), own_sources == 1, sources.dtype, config.norm_epsilon
+            )
+            own, after = layer(own, ((params, rule), state))
+            afters.append(after)
+        sources = lax.dynamic_update_slice_in_dim(sources, jnp.stack(own), count, 0)
+        return sources, jax.tree.map(lambda *leaves: jnp.stack(leaves), *afters)
+
+    parts = jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), stacked)
+    sources, after = lax.scan(group, sources, (jnp.arange(groups), parts))
+    return sources, jax.tree.map(lambda leaf: leaf.reshape(config.layers, *leaf.shape[2:]), after)

@@ -13,7 +13,7 @@ from jax import lax
 
 from hola_jax import LanguageModel, ModelConfig, functional
 from hola_jax.config import parameter_count
-from hola_jax.layers.residuals import MIXER, MLP, Attentive, Read, attend_over_depth, look
+from hola_jax.layers.residuals import MIXER, MLP, Read, attend_over_depth, look, mean
 from hola_jax.losses import next_token_loss
 from hola_jax.model import weight_decay_mask
 from tests.laws.mixers import small
@@ -65,17 +65,13 @@ def by_the_scan(p: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
     }
     layers["matrix"] = halves["matrix"]
 
-    def layer(x: jax.Array, given: Any) -> tuple[jax.Array, None]:
-        (params, view), _ = given
-        rule = Attentive(view, EPSILON)
+    def layer(x: Any, given: Any) -> tuple[Any, None]:
+        (params, rule), _ = given
         for part in (MIXER, MLP):
             x = rule.add(x, jnp.tanh(rule.read(x, part) @ params["matrix"][part].T), part)
         return x, None
 
-    def through(x: jax.Array, layers: Any, states: Any) -> Any:
-        return lax.scan(layer, x, (layers, states))
-
-    return attend_over_depth(config, through, p["x"], layers, None, last)[0]
+    return attend_over_depth(config, layer, functools.partial(lax.scan, layer), p["x"], layers, None, last)[0]
 
 
 @pytest.mark.parametrize(("rule", "tokens"), [*((rule, 3) for rule in RULES), ("two blocks", 1)])  # 1: all in one group
@@ -188,7 +184,7 @@ def test_reads_are_in_float32_though_activations_are_not() -> None:
     draw = np.random.default_rng(0)
     x = jnp.asarray(1 + draw.normal(size=(5, 1, 2, 256)) / 100, jnp.bfloat16)
     way = jnp.asarray(draw.normal(size=(1, 256)), jnp.float32)
-    found = look(way, x, jnp.asarray(4), EPSILON).mean()[0]
+    found = mean((look(way, x, 4, EPSILON),), jnp.float32)[0]
     for token in range(2):
         sources = list(np.asarray(x[:4, 0, token], np.float64))
         np.testing.assert_allclose(found[0, token], read(np.asarray(way[0]), np.ones(256), sources), rtol=1e-5)
