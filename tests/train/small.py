@@ -24,7 +24,12 @@ def batch(number, rows=ROWS, tokens=TOKENS, seed=0):
     cuts = np.sort(draw.integers(1, tokens, (rows, 2)), axis=1)
     segments = (1 + np.sum(np.arange(tokens + 1)[None, :, None] >= cuts[:, None], axis=-1)).astype(np.int32)
     mask = (segments[:, :-1] == segments[:, 1:]) & (draw.random((rows, tokens)) < 0.9)
-    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "segment_ids": segments[:, :-1], "mask": mask.astype(np.uint8)}
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segment_ids": segments[:, :-1],
+        "mask": mask.astype(np.uint8),
+    }
 
 
 def training(mesh=None, mixer="hola", devices=None, *, fields=None, **options):
