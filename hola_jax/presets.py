@@ -31,6 +31,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "hola-residual": {"mixer": "hola", "score": "residual"},
     "hola-write": {"mixer": "hola", "score": "write"},
     "hola-random": {"mixer": "hola", "score": "random"},
+    "hola-same-key": {"mixer": "hola", "same_key": 0.95},  # for weights trained as "hola" (docs/scores.md)
     "hola-attnres": {"mixer": "hola", "residual": "attention"},
     "hola-block-attnres": {"mixer": "hola", "residual": "block_attention"},
     "gdn": {"mixer": "gated_deltanet"},
@@ -51,8 +52,8 @@ def preset(name: str) -> ModelConfig:
         raise unknown_name("preset", name, PRESETS)
     row, _, scale = name.rpartition("-")
     fields = _SCALES[scale] | _ROWS[row]
-    if score := fields.pop("score", None):
-        fields["memory"] = dataclasses.replace(fields.get("memory", MemoryConfig()), score=score)
+    if kept := {name: fields.pop(name) for name in ("score", "same_key") if name in fields}:
+        fields["memory"] = dataclasses.replace(fields.get("memory", MemoryConfig()), **kept)
     if width := fields.pop("head_width", None):
         fields["heads"] = max(2, fields["dim"] // width)
     return ModelConfig(**fields)

@@ -30,6 +30,7 @@ study = Study(
         "reads-stay": {"model.memory.read_credit": 1.0},
         "reads-go": {"model.memory.read_credit": -1.0},
         "same-key": {"model.memory.same_key": 0.9},
+        "same-key-0.95": {"model.memory.same_key": 0.95},
         "budget": {"model.memory.window": 2 * WINDOW, "model.memory.budget": HEADS * WINDOW},
         "power": {"model.memory.read_power": True},
         "w16-c8": {"model.memory.chunk": 8, "model.memory.block": 8, "model.memory.window": 16},
