@@ -16,7 +16,8 @@ def counted(name: str) -> int:
     return sum(x.size for x in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# Every row at one scale, and one row at every scale: a scale changes numbers alone.
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("-46m") or name.startswith("transformer-")])
 def test_the_formula_counts_what_is_there(name: str) -> None:
     assert counted(name) == parameter_count(preset(name))["total"]
 

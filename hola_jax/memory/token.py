@@ -71,8 +71,7 @@ def run_token(
     """
     clean = clean_token(inputs, document)
     q, k, v, beta, log_decay = (x[:, 0] for x in clean.inputs)
-    batch, heads, _ = v.shape
-    key_heads, block = k.shape[1], config.block
+    (batch, heads, _), block = v.shape, config.block
     real = document > 0
     new = real & (document != state.document)
     rows = Rows(*(getattr(state, name) for name in Rows._fields))
@@ -81,7 +80,7 @@ def run_token(
 
     beta = jnp.where(real[:, None], beta, 0.0)
     log_decay = jnp.where(real.reshape(-1, *[1] * (log_decay.ndim - 1)), log_decay, 0.0)
-    group, late = heads // key_heads, config.write == "eviction"
+    group, late = heads // k.shape[1], config.write == "eviction"
     o_state, error, fast_weights = delta_rule_token(
         jnp.repeat(unit_l2(q), group, axis=1),
         jnp.repeat(unit_l2(k), group, axis=1),
@@ -112,26 +111,7 @@ def run_token(
     )
     index = jnp.arange(block)
     seen = (index <= fill[:, None]) & ((state.position - fill)[:, None] + index >= document_start[:, None])
-    filled = rows.cache_scores > -jnp.inf
-
-    of_cache, of_block = rows.cache_keys, rows.block_keys
-    if config.read_power:
-        query = with_power(query, params)
-        of_cache, of_block = with_score(of_cache, rows.cache_scores, 1), with_score(of_block, rows.block_scores, 1)
-        key_heads, group = heads, 1
-
-    def apart(x: Array) -> Array:
-        return x.reshape(batch, key_heads, group, *x.shape[2:])
-
-    o_cache, given = read_token(
-        apart(query),
-        [apart(of_cache), of_block[:, :, None]],
-        [apart(rows.cache_values), apart(rows.block_values)],
-        [apart(filled), jnp.broadcast_to(seen[:, None, None], (batch, key_heads, group, block))],
-        params.sink_logit.reshape(key_heads, group),
-        config.read_energy,
-    )
-    o_cache, given = (x.reshape(batch, heads, -1) for x in (o_cache, lax.stop_gradient(given)))
+    o_cache, given = _read(query, rows, seen, params, config)
     if config.read_weight:
         given = jnp.where(real[:, None, None], config.read_weight * given, 0.0)
         rows = rows._replace(
@@ -158,6 +138,33 @@ def run_token(
         **rows._asdict(),
     )
     return out[:, None].astype(v.dtype), state
+
+
+def _read(
+    query: Float[Array, "B H K"], rows: Rows, seen: Bool[Array, "B C"], params: CacheParams, config: MemoryConfig
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H X"]]:
+    """What the cache's rows and the visible tokens of the block answer, and the softmax weights of each."""
+    batch, heads, _ = query.shape
+    of_cache, of_block, key_heads = rows.cache_keys, rows.block_keys, rows.block_keys.shape[1]
+    if config.read_power:
+        query = with_power(query, params)
+        of_cache, of_block = with_score(of_cache, rows.cache_scores, 1), with_score(of_block, rows.block_scores, 1)
+        key_heads = heads
+    group = heads // key_heads
+
+    def apart(x: Array) -> Array:
+        return x.reshape(batch, key_heads, group, *x.shape[2:])
+
+    filled = rows.cache_scores > -jnp.inf
+    found, given = read_token(
+        apart(query),
+        [apart(of_cache), of_block[:, :, None]],
+        [apart(rows.cache_values), apart(rows.block_values)],
+        [apart(filled), jnp.broadcast_to(seen[:, None, None], (batch, key_heads, group, seen.shape[-1]))],
+        params.sink_logit.reshape(key_heads, group),
+        config.read_energy,
+    )
+    return found.reshape(batch, heads, -1), lax.stop_gradient(given).reshape(batch, heads, -1)
 
 
 def _forget(rows: Rows, which: Bool[Array, " B"]) -> Rows:

@@ -17,14 +17,26 @@ CONFIG = MemoryConfig(window=4, block=8, chunk=4)
 # Scores that change while a pair is held, and run on a path of their own, in plain XLA.
 RESCORED = {score: MemoryConfig(window=4, block=8, chunk=4, score=score) for score in ("attention", "recall")}
 RESCORED |= {"eviction": MemoryConfig(window=4, block=8, chunk=4, score="recall", write="eviction")}
-# With those that are learned, and what else may decide or weigh, all whose path is not that of "surprise".
+# With those that are learned, of which only some tokens compete, and what else may decide or weigh: all whose path is not
+# that of "surprise".
 OTHER = RESCORED | {
-    "learned": MemoryConfig(window=4, block=8, chunk=4, score="learned"),
+    "learned": MemoryConfig(window=4, block=8, chunk=4, score="learned", sparsity=0.2),
     "choice": MemoryConfig(window=4, block=8, chunk=4, fade=9.0, read_credit=-0.7, same_key=0.5, budget=5),
     "power": MemoryConfig(window=4, block=8, chunk=4, read_power=True),
 }
-# And where only some tokens compete: the same path, so laws of the ranking alone need it.
-RANKED = OTHER | {"sparse": MemoryConfig(window=4, block=8, chunk=4, score="learned", sparsity=0.2)}
+# What every implementation is held to.
+VARIANTS = {
+    "surprise": CONFIG,
+    "residual-unit_l2": MemoryConfig(window=4, block=8, chunk=4, score="residual", read="unit_l2", scan="associative"),
+    "write": MemoryConfig(window=10, block=6, chunk=3, score="write"),  # a cache wider than a block
+    "recency": MemoryConfig(window=3, block=16, chunk=16, score="recency", state_scale=1.0),
+    "no-cache": MemoryConfig(window=0, block=8, chunk=4),
+    "energy": MemoryConfig(window=4, block=8, chunk=4, read_energy=0.7, fade=9.0),
+    **OTHER,
+}
+# What stands for all of them where each costs programs of its own: "choice" also adds what reads give, as "attention" does,
+# and "power" changes no more than logits.
+FEW = {name: OTHER[name] for name in ("recall", "eviction", "learned", "choice")}
 PARAMS = CacheParams(
     query_scale=jnp.linspace(0.8, 1.3, K),
     key_scale=jnp.linspace(1.2, 0.7, K),
@@ -77,15 +89,25 @@ def learned(config: MemoryConfig, arrays: list):
 
 @functools.cache
 def compiled_gradient(config: MemoryConfig, implementation: str | None = None):
-    """Gradient of a nonlinear function of outputs and state, by inputs and parameters; and (out, state), by one program."""
+    """Gradient of a nonlinear function of outputs and state, by inputs and parameters; and (out, state), by one program.
+    With `at`, of the outputs at that place alone."""
+    if implementation == "reference":
+        config = config.meaning()  # it has no chunks: one program whatever they are
 
-    def loss(arrays, params, segment_ids=None):
+    def loss(arrays, params, segment_ids, of_outputs, of_state):
         out, state = compiled(config, implementation)(arrays, segment_ids, None, params)
         kept = jnp.sum(state.cache_values.astype(jnp.float32) ** 2) + jnp.sum(jnp.cos(state.cache_keys))
-        total = jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.tanh(state.fast_weights)) + 0.1 * kept
-        return total, (out, state)
+        total = jnp.sum(of_outputs[:, None, None] * jnp.sin(out.astype(jnp.float32)))
+        return total + of_state * (jnp.sum(jnp.tanh(state.fast_weights)) + 0.1 * kept), (out, state)
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+    def run(arrays, params, segment_ids=None, at: int | None = None):
+        places = np.arange(arrays[0].shape[1])
+        of_outputs = np.ones(len(places)) if at is None else places == at
+        return gradient(arrays, params, segment_ids, of_outputs.astype(np.float32), np.float32(at is None))
+
+    return run
 
 
 def pieces(arrays: list, cuts: list[int]) -> list[list]:

@@ -9,7 +9,6 @@ TOKENS = 13  # a multiple of neither the block nor the chunk
 # blocks and two chunks. The delta rule's chunk is 64; of HOLA's kernel it is here the block of 8.
 BY_KERNELS = {"hola by kernels": TOKENS, "gated_deltanet by kernels": 67}
 BY_SCORE = {  # whose path is not that of "surprise"
-    "hola by recall": {"score": "recall"},
     "hola by eviction": {"score": "recall", "write": "eviction"},
     "hola by learned": {"score": "learned"},
 }

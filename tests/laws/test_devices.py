@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from hola_jax.memory import MemoryConfig, hola_memory
 from tests.laws.cases import (
+    FEW,
     OTHER,
     PARAMS,
-    RANKED,
     RESCORED,
     B,
     assert_close,
@@ -73,13 +73,12 @@ def layout(kind: str):
     ("kind", "score"),
     [
         ("documents", "surprise"),
-        ("documents", "sparse"),
-        pytest.param("one document", "surprise", marks=pytest.mark.slow),
-        pytest.param("documents", "recency", marks=pytest.mark.slow),
+        ("documents", "learned"),
+        pytest.param("one document", "recency", marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_sequence_is_the_whole_sequence(kind, score):
-    config = RANKED.get(score) or MemoryConfig(window=4, block=8, chunk=4, score=score)
+    config = OTHER.get(score) or MemoryConfig(window=4, block=8, chunk=4, score=score)
     arrays, segments = inputs(0, TOKENS), layout(kind)
     out, state = along_sequence(config)(arrays, segments, None, PARAMS)
     expected, expected_state = compiled(config)(arrays, segments)
@@ -142,7 +141,7 @@ def test_what_is_communicated_does_not_grow_with_the_sequence():
     assert few == many > 0
 
 
-@pytest.mark.parametrize("config", [CONFIG, *OTHER.values()], ids=["surprise", *OTHER])
+@pytest.mark.parametrize("config", [CONFIG, *FEW.values()], ids=["surprise", *FEW])
 def test_batch_and_heads_may_be_sharded_by_the_compiler(config):
     devices = mesh((4, "data"), (2, "tensor"))
     arrays = inputs(4, 37, batch=4, key_heads=2)

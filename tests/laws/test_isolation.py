@@ -1,4 +1,4 @@
-"""Laws 2, 3, 4 and 5: documents, padding, causality, the limits W = 0 and C >= T; and NaN stays in its document."""
+"""Laws 2, 3 and 5: documents, padding, the limits W = 0 and C >= T; and NaN stays in its document."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from hola_jax.memory.delta_rule import delta_rule
 from hola_jax.memory.norms import rms_norm, unit_l2
 from tests.laws.cases import (
     CONFIG,
-    OTHER,
+    FEW,
     PARAMS,
     SEGMENTS,
     B,
@@ -26,7 +26,7 @@ from tests.laws.cases import (
 SHUT = PARAMS._replace(gate_logit=jnp.full(H, -jnp.inf, "float32"))
 # Plain XLA, and the kernels' programs; and what takes another path to its scores.
 IMPLEMENTATIONS = ["xla", "interpret"]
-WAYS = {name: (CONFIG, name) for name in IMPLEMENTATIONS} | {name: (c, "xla") for name, c in OTHER.items()}
+WAYS = {name: (CONFIG, name) for name in IMPLEMENTATIONS} | {name: (c, "xla") for name, c in FEW.items()}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -52,22 +52,6 @@ def test_a_padded_row_gives_what_the_row_gives_alone(left, right, way):
     assert_close(padded[:, left : T - right], alone)
     assert not np.any(np.asarray(padded)[segments == 0])
     assert_same_state(state, alone_state)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_no_output_depends_on_a_later_token(way):
-    arrays = inputs(3)
-
-    @jax.jit
-    def influence(arrays, t):
-        """|d sum(out[t]) / d in[s]| by s."""
-        of_inputs = jax.grad(lambda arrays: jnp.sum(compiled(*WAYS[way])(arrays)[0][:, t]))(arrays)
-        return sum(jnp.sum(jnp.abs(g), axis=tuple(i for i in range(g.ndim) if i != 1)) for g in of_inputs)
-
-    for t in (0, 7, 8, 20):
-        row = np.asarray(influence(arrays, t))
-        assert not np.any(row[t + 1 :]) and row[t] > 0
 
 
 def test_without_cache_and_gate_the_memory_is_gated_deltanet():
@@ -132,10 +116,10 @@ def test_nan_reaches_its_own_document_and_no_other(which, way):
     assert np.all(np.isnan(out[0, 22]).any(-1).any(-1))
     if which:  # a query writes nothing
         assert np.isnan(out[0, 22:]).any(-1).any(-1).all() and np.isnan(state.fast_weights[0]).any()
-        more = inputs(7, 5)
-        again, _ = run(more, np.array([[2] * 5, [3] * 5]), state)
+        more = inputs(7, 13)  # as many as the laws of splits have programs for
+        again, _ = run(more, np.array([[2] * 13, [3] * 13], np.int32), state)
         assert np.isnan(again[0]).any() and not np.isnan(again[1]).any()
-        after, _ = run(more, np.full((B, 5), 9, np.int32), state)
+        after, _ = run(more, np.full((B, 13), 9, np.int32), state)
         assert np.all(np.isfinite(after))
 
 
