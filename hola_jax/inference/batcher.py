@@ -203,7 +203,7 @@ class Batcher:
                 self._reading = None
                 self._fail(job, error)
                 continue
-            size = next((p for p in self.generator.pieces if p <= self._unread), self.generator.pieces[-1])
+            size = self.generator.next_piece(self._unread)
             self._unread -= size
             budget -= size
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,8 @@ from hola_jax.model import LanguageModel
 
 Prompt = str | bytes | Sequence[int] | np.ndarray
 Finish = Literal["stop", "length"]
-PIECES = (512, 64)  # lengths in which prompts are read: the longest as often as it fits, the shortest for the rest
+PIECES = (512, 64)  # lengths in which prompts are read; see `Generator.next_piece`
+WEIGHTS = 64  # tokens whose reading costs what a piece costs beside its own: what is read once for all of them
 STEPS = 16  # tokens that are written between two looks of the host
 STOPS = 8  # stop tokens of a row that fit without another program
 
@@ -189,14 +191,26 @@ class Generator:
                     "Generator(..., capacity=...) a larger one: softmax attention keeps every token"
                 )
 
+    def next_piece(self, left: int) -> int:
+        """Which of `pieces` goes on where a row has so many tokens left: the longest that is filled, or that costs no more
+        than the shorter ones in its place."""
+        blocks = (
+            self.config.memory.block if self.config.mixer in ("hola", "lola") else 0
+        )  # the running one is gone over
+        beside = WEIGHTS + blocks
+        for longer, shorter in pairwise(self.pieces):
+            if left >= longer or -(-left // shorter) * (shorter + beside) >= longer + beside:
+                return longer
+        return self.pieces[-1]
+
     def _pieces(self, rows: list[np.ndarray], width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(tokens [B, T], how many of each row are real), for as many pieces as the longest row needs."""
+        """(tokens [B, T], how many of each row are real), for as many pieces as the longest row needs. How a row is cut does
+        not depend on the others, so neither does how its numbers are rounded."""
         done = [0] * len(rows)
-        for number, length in enumerate(self.pieces):
-            last = number == len(self.pieces) - 1
+        for length in self.pieces:
             while True:
                 left = [len(row) - at for row, at in zip(rows, done, strict=True)]
-                counts = [min(n, length) if last or n >= length else 0 for n in left]
+                counts = [min(n, length) if self.next_piece(n) == length else 0 for n in left]
                 if not any(counts):
                     break
                 tokens = np.zeros((width, length), np.int32)

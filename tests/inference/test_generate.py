@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hola_jax
-from hola_jax import Generator, LanguageModel, Sampling
+from hola_jax import Generator, LanguageModel, MemoryConfig, Sampling
 from hola_jax.inference import GREEDY, Completion, Request
 from tests.inference.models import generator, model
 from tests.laws.mixers import small
@@ -163,3 +163,20 @@ def test_a_memory_of_another_model_is_not_joined() -> None:
     )
     with pytest.raises(ValueError, match="another model"):
         prefix.insert(0, other)
+
+
+def test_a_rest_is_read_by_one_long_piece_where_short_ones_cost_more():
+    """HOLA goes over its running block, of 256 tokens here, for each piece."""
+    memory = MemoryConfig(window=4, block=256)
+    hola = Generator(LanguageModel(small("hola", memory=memory)), pieces=(1024, 256, 32))
+    assert [hola.next_piece(n) for n in (1, 32, 33, 256, 257, 512, 513, 1023, 5000)] == [32] * 2 + [256] * 4 + [
+        1024
+    ] * 3
+    without = Generator(LanguageModel(small("gated_deltanet")), pieces=(1024, 256, 32))
+    assert [without.next_piece(n) for n in (1, 32, 33, 96, 97, 256, 257, 768, 769)] == [32] * 4 + [256] * 4 + [1024]
+    rows = [np.arange(n) % 31 for n in (5, 70, 20, 16)]
+    cut = [count[:4].tolist() for _, count in Generator(LanguageModel(small("hola")), pieces=(64, 16))._pieces(rows, 4)]
+    assert np.sum(cut, axis=0).tolist() == [5, 70, 20, 16]
+    for row, tokens in enumerate(rows):  # each as it is alone
+        alone = [count[0] for _, count in Generator(LanguageModel(small("hola")), pieces=(64, 16))._pieces([tokens], 1)]
+        assert [count[row] for count in cut if count[row]] == alone
