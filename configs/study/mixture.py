@@ -44,6 +44,7 @@ study = Study(
         "hola": {},
         "hola-recency": {"model.memory.score": "recency"},
         "read-1": {"model.read_init": 1.0},
+        "sandwich": {"model.norm": "sandwich"},
     },
     measures=MEASURES,
 )
