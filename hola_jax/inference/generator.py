@@ -194,10 +194,8 @@ class Generator:
     def next_piece(self, left: int) -> int:
         """Which of `pieces` goes on where a row has so many tokens left: the longest that is filled, or that costs no more
         than the shorter ones in its place."""
-        blocks = (
-            self.config.memory.block if self.config.mixer in ("hola", "lola") else 0
-        )  # the running one is gone over
-        beside = WEIGHTS + blocks
+        running = self.config.memory.block if self.config.mixer in ("hola", "lola") else 0  # gone over for every piece
+        beside = WEIGHTS + running
         for longer, shorter in pairwise(self.pieces):
             if left >= longer or -(-left // shorter) * (shorter + beside) >= longer + beside:
                 return longer

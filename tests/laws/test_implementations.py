@@ -30,8 +30,8 @@ from tests.laws.cases import (
 IMPLEMENTATIONS = ["xla", "interpret"]
 SLOW = ("recency", "no-cache")
 OLDEST = ("surprise", "energy", *OTHER)  # ways of their own; the others say of another jax what these do
-# What no kernel takes, and says so; of "energy", not its gradient (pallas_kernels/test_energy.py).
-BY_XLA = ("energy", *OTHER)
+BY_XLA = ("energy", *OTHER)  # what no kernel takes, and says so; of "energy", not its gradient: its outputs are below
+ONE_DOCUMENT = ("residual-unit_l2",)  # without segment ids
 MARKS = {variant: pytest.mark.slow for variant in SLOW} | {variant: pytest.mark.oldest for variant in OLDEST}
 CASES = [
     pytest.param(variant, how, marks=MARKS.get(variant, ()))
@@ -65,7 +65,11 @@ def test_implementation_is_the_reference(variant, implementation):
         with pytest.raises(NotImplementedError, match="window=0 keeps no cache"):
             compiled(VARIANTS[variant], implementation)(inputs(), None)
         return
-    compare(VARIANTS[variant], implementation, inputs(), SEGMENTS)
+    compare(VARIANTS[variant], implementation, inputs(), None if variant in ONE_DOCUMENT else SEGMENTS)
+
+
+def test_a_share_of_the_read_by_kernels_as_in_the_reference():
+    compare_forward(dataclasses.replace(VARIANTS["energy"], fade=None), "interpret", inputs(), SEGMENTS)
 
 
 @pytest.mark.parametrize(("variant", "implementation"), [case for case in CASES if "no-cache" not in case.values])
@@ -73,8 +77,9 @@ def test_no_output_depends_on_a_later_token(variant, implementation):
     """Law 4: the gradient of what is said at one place by all that comes behind is zero, and by what stands there is not.
     That few tokens are to be kept pushes all of a batch, so here nothing is asked of their number."""
     config = dataclasses.replace(VARIANTS[variant], sparsity=None)
+    segments = None if variant in ONE_DOCUMENT else SEGMENTS
     for t in (6, 7, 8, 19):  # of row 0 a document: places 5 to 19; of row 1: 0 to 10, and from 11 on
-        gradient = compiled_gradient(config, implementation)(inputs(3), PARAMS, SEGMENTS, at=t)[0][0]
+        gradient = compiled_gradient(config, implementation)(inputs(3), PARAMS, segments, at=t)[0][0]
         by_place = sum(np.abs(np.asarray(g)).reshape(*g.shape[:2], -1).sum(-1) for g in gradient)
         assert not np.any(by_place[:, t + 1 :]) and np.all(by_place[:, t] > 0)
         assert by_place[0, t - 1] > 0
@@ -114,9 +119,9 @@ def test_bfloat16_inputs_as_in_the_reference():
         assert np.linalg.norm(a - b) <= 0.03 * np.linalg.norm(b) + 1e-3
 
 
-@pytest.mark.parametrize(("tokens", "implementation"), [(9, "xla"), (9, "interpret")])
+@pytest.mark.parametrize(("tokens", "implementation"), [(1, "xla"), (9, "xla"), (9, "interpret")])
 def test_any_number_of_tokens(tokens, implementation):
-    """Whole blocks, and a token at a time: test_splits.py."""
+    """Whole blocks, and a token at a time by the kernels: test_splits.py."""
     compare_forward(CONFIG, implementation, inputs(7, tokens))
 
 

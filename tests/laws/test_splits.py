@@ -64,6 +64,8 @@ def test_whole_is_split(cuts, segments, implementation):
         ("surprise", "xla", SEGMENTS),
         ("surprise", "reference", SEGMENTS),
         ("surprise", "interpret", SEGMENTS),
+        pytest.param("residual", "xla", SEGMENTS, marks=pytest.mark.slow),
+        pytest.param("write", "xla", SEGMENTS, marks=pytest.mark.slow),
         pytest.param("random", "xla", SEGMENTS, marks=pytest.mark.slow),
         *((name, "xla", SEGMENTS) for name in OTHER),
     ],
