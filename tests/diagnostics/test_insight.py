@@ -118,7 +118,7 @@ def test_the_memory_alone_can_be_looked_into(model, found, layers):
         ("gated_deltanet", TOKENS, "mixer is 'gated_deltanet'; only 'hola' has an exact cache"),
         ("hola", TOKENS[None], r"tokens has shape \(1, 37\); it must be \[T\]"),
         ("hola", TOKENS[:0], r"tokens has shape \(0,\)"),
-        ("hola by recall", TOKENS, "score is 'recall'; what competes can be shown where the memory scores"),
+        ("hola by eviction", TOKENS, "score is 'recall'; what competes can be shown where the memory scores"),
     ],
 )
 def test_what_cannot_be_looked_into_is_named(mixer, tokens, reason):
