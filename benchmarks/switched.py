@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from train.study.config import Study, load
+from train.study.config import PLOTTED, Measure, load
 from train.study.measure import Measured, measured
 from train.trained import model_of
 from train.weights import look
@@ -36,20 +36,19 @@ SWITCHES: dict[str, dict[str, object]] = {
 }
 
 
-def scores(folder: str, changes: dict[str, object], study: Study) -> list[float]:
+def scores(folder: str, changes: dict[str, object], measures: list[Measure]) -> list[float]:
     """By measure."""
     saved = look(folder)
     if saved.config.mixer != "hola" or saved.about is None:
         raise SystemExit(f"{folder} is not a run of HOLA")
     memory = dataclasses.replace(saved.config.memory, **changes)  # type: ignore[arg-type]
     model = model_of(dataclasses.replace(saved, config=dataclasses.replace(saved.config, memory=memory)))
-    found = [measured(model, measure, int(saved.about["config"]["row"])) for measure in study.measures.values()]
-    shown = zip(found, study.measures.values(), strict=True)
-    return [
-        math.exp(each.nats) if measure.shows == "perplexity" else each.accuracy
-        for each, measure in shown
-        if isinstance(each, Measured)
-    ]
+    found = []
+    for measure in measures:
+        each = measured(model, measure, int(saved.about["config"]["row"]))
+        assert isinstance(each, Measured)
+        found.append(math.exp(each.nats) if measure.shows == "perplexity" else each.accuracy)
+    return found
 
 
 def main() -> None:
@@ -58,12 +57,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="folders of its runs of HOLA")
     parser.add_argument("--only", nargs="+", choices=SWITCHES, default=list(SWITCHES), metavar="SWITCH")
     options = parser.parse_args()
-    study = load(options.study)
-    signs = np.array([-1 if measure.shows == "perplexity" else 1 for measure in study.measures.values()])
-    print(f"| {' | '.join(['', *study.measures])} |\n{'|---' * (1 + len(study.measures))}|")
+    measures = {name: each for name, each in load(options.study).measures.items() if each.shows in PLOTTED}
+    if not measures:
+        raise SystemExit(f"{options.study} measures neither accuracy nor perplexity")
+    signs = np.array([-1 if measure.shows == "perplexity" else 1 for measure in measures.values()])
+    print(f"| {' | '.join(['', *measures])} |\n{'|---' * (1 + len(measures))}|")
     first = None
     for name in options.only:
-        found = np.array([scores(folder, SWITCHES[name], study) for folder in options.runs])
+        found = np.array([scores(folder, SWITCHES[name], list(measures.values())) for folder in options.runs])
         first = found if first is None else first
         better = np.sum(signs * (found - first) > 0, axis=0)
         cells = [f"{mean:.3f} ({count}/{len(found)})" for mean, count in zip(found.mean(axis=0), better, strict=True)]

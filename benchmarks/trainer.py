@@ -75,7 +75,7 @@ def saving(name: str, rows: int, tokens: int, saves: int) -> None:
     draw = np.random.default_rng(0)
     numbers = draw.integers(1, 1000, size=(rows, tokens + 1)).astype(np.int32)
     ones = np.ones_like(numbers[:, 1:])
-    batch = {"tokens": numbers[:, :-1], "targets": numbers[:, 1:], "segment_ids": ones, "mask": ones.astype(bool)}
+    batch = {"tokens": numbers[:, :-1], "targets": numbers[:, 1:], "segment_ids": ones, "mask": ones.astype(np.uint8)}
     batch = {key: jax.device_put(value, training.layout.batch_sharding) for key, value in batch.items()}
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     totals: dict[bool, list[float]] = {False: [], True: []}

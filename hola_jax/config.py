@@ -15,9 +15,8 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from hola_jax.memory import MemoryConfig
+from hola_jax.memory import MemoryConfig, lola
 from hola_jax.memory.kernels import Implementation, Work
-from hola_jax.memory.lola import ONLY_XLA as LOLA_ONLY_XLA
 
 __all__ = ["MemoryConfig", "ModelConfig", "flops_per_token", "memory_work", "parameter_count", "unknown_name"]
 
@@ -316,7 +315,7 @@ def memory_work(config: ModelConfig) -> Work | None:
     sizes = (config.heads, config.key_head_count, config.key_width, config.value_width, (config.dtype,) * 3)
     work = Work(*sizes, config.mixer in DELTA_MIXERS, config.mixer == "kda")
     if config.mixer == "lola":
-        return work._replace(only_xla=LOLA_ONLY_XLA, rescored=True)
+        return work._replace(only_xla=lola.ONLY_XLA, rescored=lola.RESCORED)
     if config.mixer != "hola":
         return work
     memory = config.memory

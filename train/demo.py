@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hola_jax import LanguageModel, MemoryConfig, ModelConfig
+from hola_jax.diagnostics.insight import not_shown
 from hola_jax.diagnostics.page import Shown
 from hola_jax.diagnostics.page import page as html
 from train import loop
@@ -160,6 +161,8 @@ def _set(config: TrainConfig, settings: tuple[str, ...], *fixed: str) -> TrainCo
         if name == "run" or name.startswith(("data", "model.mixer", "model.memory.score", *fixed)):
             raise ValueError(f"{name} is not the demo's to set; --folder says where its runs are")
         config = override(config, name, value)
+    if why := not_shown(config.model.memory):
+        raise ValueError(f"the demo's page shows what is kept, and that cannot be told: {why}; leave it out")
     return config
 
 

@@ -33,7 +33,7 @@ def planted(config: TrainConfig, length: int, count: int) -> Texts:
     """Rows of held-out text with as many facts in each as a training row has at most; what repeats are the answers."""
     facts: Facts = config.data
     rows = open_source(
-        dataclasses.replace(facts, fewest=facts.most),
+        dataclasses.replace(facts, fewest=facts.most, answers_count=None),  # the mask then tells the answers
         split="held_out",
         vocab_size=config.model.vocab_size,
         row=length,

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
-from hola_jax.diagnostics.insight import look, note_memory
+from hola_jax.diagnostics.insight import look, not_shown, note_memory
 from hola_jax.model import Block, LanguageModel, Params
 
 SUBLAYERS = ("mixer", "mlp")
@@ -73,7 +73,7 @@ class DepthReport(NamedTuple):
     cosine: Float[
         Array, " depths"
     ]  # mean cosine between the spike tokens, those that spike after the step up; NaN for one
-    masses: Masses | None  # None for a mixer that reads no tokens
+    masses: Masses | None  # None where no token is read, or what is read cannot be told (`insight.not_shown`)
     amplifier_norms: Float[Array, "N D"]  # |U_k| of each layer's MLP, by channel k
     amplifier_channel: Int[Array, " N"]  # the channel with the largest
     amplifier_eigenvalue: Float[Array, " N"]  # of its symmetrised U_k, the one of largest magnitude
@@ -230,8 +230,10 @@ def _watching(note: Callable[[list[Array], list[Array]], Any], block: Block) -> 
 def _seen(model: LanguageModel, tokens: Int[Array, "B T"]) -> tuple[Depths, Masses | None]:
     """One forward pass."""
 
+    shown = model.config.mixer == "hola" and not not_shown(model.config.memory)
+
     def watch(block: Block) -> Callable[[], Any]:
-        handed = note_memory(block) if model.config.mixer == "hola" else None
+        handed = note_memory(block) if shown else None
 
         def note(reads: list[Array], answers: list[Array]) -> Any:
             spikes = [_stacked([spikes_of(x) for x in parts]) for parts in (reads, answers)]

@@ -25,7 +25,7 @@ from hola_jax.memory.by_xla import read_blocks, state_path
 from hola_jax.memory.delta_rule import choose_scan
 from hola_jax.memory.exact_cache import Rows, cache_of_blocks, token_scores
 from hola_jax.memory.norms import for_reading
-from hola_jax.memory.state import EMPTY, RESCORED
+from hola_jax.memory.state import EMPTY
 from hola_jax.model import Block, LanguageModel, Params
 
 
@@ -75,7 +75,7 @@ def insight(model: LanguageModel, tokens: Int[Array | np.ndarray, " T"]) -> Insi
     """What a model whose mixer is HOLA keeps and reads of one text; the weights take N H T^2 numbers."""
     if model.config.mixer != "hola":
         raise ValueError(f"the model's mixer is {model.config.mixer!r}; only 'hola' has an exact cache to look into")
-    _check_score("the model's score", model.config.memory)
+    _check_shown(model.config.memory)
     if tokens.ndim != 1 or not len(tokens):
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be [T], one text of at least one token")
     structure, params = nnx.split(model)
@@ -97,15 +97,21 @@ def memory_insight(
     validate.inputs(inputs, cache_params, config, None, None, None)
     if v.shape[0] != 1:
         raise ValueError(f"v has {v.shape[0]} rows; one can be looked into at a time, such as v[:1]")
-    _check_score("MemoryConfig.score", config)
+    _check_shown(config)
     return _look(inputs, cache_params, config)
 
 
-def _check_score(what: str, config: MemoryConfig) -> None:
-    if config.score in (*RESCORED, "learned"):
+def not_shown(config: MemoryConfig) -> str:
+    """Why it cannot be told what such a memory keeps and reads. Empty where it can: where the score of a token is what the
+    memory gave it when it was written, and all that decides."""
+    return "score='learned' is what a layer gives" if config.score == "learned" else config.rescored
+
+
+def _check_shown(config: MemoryConfig) -> None:
+    if why := not_shown(config):
         raise ValueError(
-            f"{what} is {config.score!r}; what competes can be shown where the memory scores a token when it is written: "
-            "surprise, residual, write, recency, random"
+            f"what this memory keeps cannot be shown: {why}; it can where a score alone decides that is fixed when a token "
+            "is written: surprise, residual, write, recency, random"
         )
 
 

@@ -19,7 +19,8 @@ def vital_signs(model: LanguageModel, tokens: Int[Array, "B T"]) -> dict[str, Fl
     """Means over layers, heads and rows, of a model whose mixer is HOLA; each row is read as one document.
 
     gate            sigmoid of the gate: how much of the cache's answer reaches the output
-    null_sink_mass  share of a read that goes to the null sink, at the first token behind the last whole block
+    null_sink_mass  share of a read that goes to the null sink, at the first token behind the last whole block; not
+                    told where scores weigh reads, `read_power`
     cached_age      tokens since a retained token was seen
     cache_filled    share of the cache's rows that hold a token
     cache_replaced  share of the held tokens that the last whole block brought
@@ -44,8 +45,9 @@ def vital_signs(model: LanguageModel, tokens: Int[Array, "B T"]) -> dict[str, Fl
     def mean_of_held(x: Array) -> Array:
         return jnp.sum(jnp.where(held, x, 0)) / jnp.maximum(jnp.sum(held), 1)
 
+    if not config.memory.read_power:
+        signs["null_sink_mass"] = jnp.mean(_sink_mass(model, tokens[:, end : end + 1], state))
     return signs | {
-        "null_sink_mass": jnp.mean(_sink_mass(model, tokens[:, end : end + 1], state)),
         "cached_age": mean_of_held((end - positions).astype(jnp.float32)),
         "cache_filled": jnp.mean(held.astype(jnp.float32)),
         "cache_replaced": mean_of_held((positions >= end - block).astype(jnp.float32)),

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hola_jax.array_types import Array
-from hola_jax.config import ModelConfig
+from hola_jax.config import MemoryConfig, ModelConfig
 from hola_jax.inference.prefix import Memory, Prefix, empty, width_of
 from hola_jax.model import Params, named
 from hola_jax.weights.files import whole_file, write_file
@@ -103,19 +103,27 @@ def _widened(memory: Memory, batch: int, least_width: int) -> Prefix:
     return Prefix(memory, batch).rows(range(batch), least_width)
 
 
+def _completed(kind: Any, theirs: Any, ours: dict[str, Any]) -> dict[str, Any]:
+    """A header's fields, and at their defaults those that came later than it: they were never set."""
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{theirs!r} in the place of a {kind.__name__}")
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.name in ours} | theirs
+
+
 def _check_header(path: Path, about: Mapping[str, str], config: ModelConfig, weights: str) -> list[int]:
     """The positions of a header that is this model's."""
     if about.get("format") != FORMAT:
         raise ValueError(
             f"{path} is no snapshot of a memory that this version reads; its format is {about.get('format')!r}"
         )
+    ours = json.loads(json.dumps(meaning(config)))
     try:
-        theirs, positions = json.loads(about["config"]), json.loads(about["positions"])
-    except (KeyError, json.JSONDecodeError) as error:
+        theirs, positions = _completed(ModelConfig, json.loads(about["config"]), ours), json.loads(about["positions"])
+        theirs["memory"] = _completed(MemoryConfig, theirs["memory"], ours["memory"])
+    except (KeyError, ValueError) as error:
         raise ValueError(f"the header of the snapshot {path} is damaged: {error!r}") from error
     if not isinstance(positions, list) or not positions or not all(isinstance(p, int) and p > 0 for p in positions):
         raise ValueError(f"the header of the snapshot {path} is damaged: its positions are {positions!r}")
-    ours = json.loads(json.dumps(meaning(config)))
     different = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     if different:
         lines = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in different)

@@ -87,7 +87,7 @@ class Work(NamedTuple):
     block: int | None = None
     continued: bool = False  # whether it begins with an earlier piece's state
     only_xla: str = ""  # why no kernel runs it, where its configuration says so
-    rescored: bool = False  # whether its cache is ranked anew at each block's end
+    rescored: str = ""  # why blocks are ranked one after the other, where they are
     energy: float | None = None  # the share of its weights that a read keeps, where it does not keep all
     trained: bool = False  # whether the program is known to want a gradient
 
@@ -171,7 +171,7 @@ def choose(
         )
     if work.rescored and sequence_axis is not None:
         raise NotImplementedError(
-            f"{work.only_xla}: what a block finds depends on all the blocks before it, so they cannot be divided over mesh "
+            f"{work.rescored}: what a block finds depends on all the blocks before it, so they cannot be divided over mesh "
             f"axis {sequence_axis!r}; divide the batch or the heads, or take a memory whose scores stay as they were written"
         )
     if asked in ("reference", "xla"):

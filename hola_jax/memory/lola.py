@@ -33,7 +33,8 @@ from hola_jax.memory.lola_stores import Block, Held, merge, of_document, read
 from hola_jax.memory.reference_lola import lola_reference
 from hola_jax.memory.state import MemoryConfig, select
 
-ONLY_XLA = "LoLA scores its pairs anew at each block's end, which no kernel does"
+RESCORED = "LoLA scores its pairs anew at each block's end"
+ONLY_XLA = f"{RESCORED}, which no kernel does"
 
 
 def lola_memory(
@@ -57,7 +58,7 @@ def lola_memory(
     """
     _check_call(q, k, v, params, config, segment_ids, state)
     batch, length, heads, value_dim = v.shape
-    work = kernels.work_of(q, k, v, delta=False, only_xla=ONLY_XLA, rescored=True)
+    work = kernels.work_of(q, k, v, delta=False, only_xla=ONLY_XLA, rescored=RESCORED)
     chosen = kernels.choose(implementation, work, sequence_axis).name
     fresh = state is None
     if state is None:

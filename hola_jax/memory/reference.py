@@ -95,7 +95,8 @@ def _without_superseded(scores: Array, positions: Array, keys: Array, cosine: fl
     norms = jnp.linalg.norm(keys.astype(jnp.float32), axis=-1)
 
     def one(score: Array, position: Array, key: Array, norm: Array) -> Array:
-        alike = (keys.astype(jnp.float32) @ key.astype(jnp.float32) >= cosine * norms * norm) & (scores > -jnp.inf)
+        alike = keys.astype(jnp.float32) @ key.astype(jnp.float32) >= cosine * norms * norm
+        alike &= (scores > -jnp.inf) & (norms * norm > 0)  # a key of zeros is like none
         largest = jnp.max(jnp.where(alike & (positions < position), scores, -jnp.inf))
         gone = jnp.any(alike & (positions > position)) | (score == -jnp.inf)
         return jnp.where(gone, -jnp.inf, jnp.maximum(score, largest))

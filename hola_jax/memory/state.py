@@ -23,6 +23,10 @@ WRITTEN = ("surprise", "residual", "write")  # magnitudes that are fixed when a 
 EMPTY = -1  # position of a cache row that holds no token
 
 
+def _real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
     """How one layer remembers.
@@ -99,11 +103,13 @@ class MemoryConfig:
                 f"MemoryConfig.write='eviction' does not go with {self._beside_the_score}: what is dropped is absorbed, and "
                 "a score alone may drop it"
             )
+        if self.state_scale is not None and not _real(self.state_scale):
+            raise ValueError(f"MemoryConfig.state_scale is {self.state_scale!r}; it must be None or a finite number")
         energy = self.read_energy
-        if energy is not None and not 0 < energy <= 1:
+        if energy is not None and not (_real(energy) and 0 < energy <= 1):
             raise ValueError(f"MemoryConfig.read_energy is {energy!r}; it must be None or a share in (0, 1]")
         sparsity = self.sparsity
-        if sparsity is not None and not 0 < sparsity <= 1:
+        if sparsity is not None and not (_real(sparsity) and 0 < sparsity <= 1):
             raise ValueError(f"MemoryConfig.sparsity is {sparsity!r}; it must be None or a share in (0, 1]")
         if sparsity is not None and self.score != "learned":
             raise ValueError(
@@ -112,11 +118,13 @@ class MemoryConfig:
         self._check_choice()
 
     def _check_choice(self) -> None:
-        if self.fade is not None and not 0 < self.fade < math.inf:
+        if not isinstance(self.read_power, bool):
+            raise ValueError(f"MemoryConfig.read_power is {self.read_power!r}; it must be True or False")
+        if self.fade is not None and not (_real(self.fade) and self.fade > 0):
             raise ValueError(f"MemoryConfig.fade is {self.fade!r}; it must be None or a number of tokens above 0")
-        if not math.isfinite(self.read_credit):
+        if not _real(self.read_credit):
             raise ValueError(f"MemoryConfig.read_credit is {self.read_credit!r}; it must be a finite number")
-        if self.same_key is not None and not 0 < self.same_key < 1:
+        if self.same_key is not None and not (_real(self.same_key) and 0 < self.same_key < 1):
             raise ValueError(f"MemoryConfig.same_key is {self.same_key!r}; it must be None or a cosine between 0 and 1")
         budget = self.budget
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
@@ -142,9 +150,11 @@ class MemoryConfig:
         return f"read={self.read!r}" + (", read_power=True" if self.read_power else "")
 
     @property
-    def rescored(self) -> bool:
-        """Whether what a block drops might have been worth keeping later, so that blocks are ranked one after the other."""
-        return self.score in RESCORED or bool(self._beside_the_score)
+    def rescored(self) -> str:
+        """Why blocks are ranked one after the other: what one drops might have been worth keeping later. Empty where all can
+        be ranked at once."""
+        why = self._beside_the_score or (f"score={self.score!r}" if self.score in RESCORED else "")
+        return why and f"{why} is decided anew at each block's end"
 
     @property
     def _beside_the_score(self) -> str:
@@ -165,8 +175,7 @@ class MemoryConfig:
         if self.read_power or self.fade is not None:
             name = "read_power" if self.read_power else "fade"
             return f"{name}={getattr(self, name)!r} changes what a score does, which no kernel knows"
-        why = self._beside_the_score or f"score={self.score!r}"
-        return f"{why} is decided anew at each block's end, which no kernel does" if self.rescored else ""
+        return self.rescored and f"{self.rescored}, which no kernel does"
 
     def meaning(self) -> MemoryConfig:
         """This configuration without the fields that change only how fast the result comes."""

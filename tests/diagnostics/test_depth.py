@@ -12,6 +12,7 @@ from hola_jax import LanguageModel
 from hola_jax.diagnostics import depth_report, depth_signs, insight
 from hola_jax.diagnostics.depth import amplifier_eigenvalue, amplifier_norms, spikes_of
 from hola_jax.layers.attention import rotate
+from hola_jax.memory import MemoryConfig
 from tests.laws.mixers import small
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 13)).astype(np.int32)
@@ -130,6 +131,13 @@ def test_masses_of_hola_are_those_of_its_reads():
         np.testing.assert_allclose(found, expected.mean(axis=(0, 2)), atol=1e-5)
     alpha = weights.mean(0).sum(axis=1) / (13 - np.arange(13))  # [N H T]
     np.testing.assert_allclose(masses.received, alpha, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [{"score": "learned"}, {"score": "attention"}, {"budget": 4}], ids=str)
+def test_spikes_are_told_where_it_cannot_be_told_what_is_read(memory):
+    model = LanguageModel(small("hola", memory=MemoryConfig(window=3, block=8, chunk=4, **memory)))
+    signs = jax.eval_shape(lambda: depth_signs(model, TOKENS))
+    assert len(signs) == 2 * 4 and all("_after." in name for name in signs)
 
 
 def test_what_cannot_be_reported_is_named():

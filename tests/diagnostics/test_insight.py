@@ -108,7 +108,7 @@ def test_the_memory_alone_can_be_looked_into(model, found, layers):
     with pytest.raises(ValueError, match="v has 2 rows; one can be looked into at a time"):
         memory_insight(*jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs), params, config=model.config.memory)
     rescored = dataclasses.replace(model.config.memory, score="attention")
-    with pytest.raises(ValueError, match="score is 'attention'; what competes"):
+    with pytest.raises(ValueError, match="cannot be shown: score='attention' is decided anew"):
         memory_insight(*inputs, params, config=rescored)
 
 
@@ -118,9 +118,20 @@ def test_the_memory_alone_can_be_looked_into(model, found, layers):
         ("gated_deltanet", TOKENS, "mixer is 'gated_deltanet'; only 'hola' has an exact cache"),
         ("hola", TOKENS[None], r"tokens has shape \(1, 37\); it must be \[T\]"),
         ("hola", TOKENS[:0], r"tokens has shape \(0,\)"),
-        ("hola by eviction", TOKENS, "score is 'recall'; what competes can be shown where the memory scores"),
+        (
+            "hola by eviction",
+            TOKENS,
+            "cannot be shown: score='recall' is decided anew at each block's end; it can where",
+        ),
+        ("hola by learned", TOKENS, "cannot be shown: score='learned' is what a layer gives"),
     ],
 )
 def test_what_cannot_be_looked_into_is_named(mixer, tokens, reason):
     with pytest.raises(ValueError, match=reason):
         insight(LanguageModel(small(mixer)), tokens)
+
+
+def test_a_memory_in_which_more_than_a_score_decides_is_not_looked_into():
+    model = LanguageModel(small("hola", memory=MemoryConfig(window=3, block=8, chunk=4, same_key=0.9)))
+    with pytest.raises(ValueError, match=r"cannot be shown: same_key=0\.9 is decided anew at each block's end"):
+        insight(model, TOKENS)

@@ -37,6 +37,12 @@ def test_by_recency_every_block_replaces_the_cache():
     assert signs["cache_replaced"] == 1 and signs["cached_age"] == 2  # the last three tokens of the block: 1, 2 and 3
 
 
+def test_the_null_sinks_mass_is_not_told_where_scores_weigh_reads():
+    memory = MemoryConfig(window=3, block=8, chunk=4, read_power=True)
+    signs = jax.eval_shape(lambda: vital_signs(LanguageModel(small("hola", memory=memory)), TOKENS))
+    assert set(signs) == {"gate", "cached_age", "cache_filled", "cache_replaced"}
+
+
 def test_a_row_too_short_has_a_gate_and_another_mixer_none():
     assert set(vital_signs(LanguageModel(small("hola")), TOKENS[:, :16])) == {"gate"}
     with pytest.raises(ValueError, match="mixer is 'gla'"):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import hola_jax
 from hola_jax import Generator, LanguageModel
 from hola_jax.inference import GREEDY
 from hola_jax.inference.prefix import empty
+from hola_jax.inference.snapshot import meaning
 from tests.inference.models import generator, model
 from tests.laws.mixers import MIXERS, small
 from train.data.tokenizers import Bytes
@@ -78,6 +80,25 @@ def test_what_is_no_snapshot_of_this_model_is_refused(tmp_path: Path) -> None:
         g.load(tmp_path / "absent")
     faster = dataclasses.replace(model().config, remat="full", implementation="xla")
     assert Generator(LanguageModel(faster, seed=1)).load(path).positions == [42]  # speed is no other model
+
+
+def test_a_snapshot_from_before_a_setting_existed_is_of_a_model_that_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g, path = generator(), tmp_path / "memory"
+
+    def older(config: hola_jax.ModelConfig) -> dict[str, Any]:
+        found = meaning(config)
+        del found["residual"], found["memory"]["same_key"]
+        return found
+
+    monkeypatch.setattr("hola_jax.inference.snapshot.meaning", older)
+    g.save(path, g.read([LONG]))
+    monkeypatch.undo()
+    assert g.load(path).positions == [42]
+    memory = dataclasses.replace(model().config.memory, same_key=0.9)
+    with pytest.raises(ValueError, match="of another model: memory is"):
+        Generator(LanguageModel(dataclasses.replace(model().config, memory=memory), seed=1)).load(path)
 
 
 def test_a_position_that_the_memory_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -74,11 +74,12 @@ def layout(kind: str):
     [
         ("documents", "surprise"),
         ("documents", "learned"),
-        pytest.param("one document", "recency", marks=pytest.mark.slow),
+        pytest.param("one document", "fade", marks=pytest.mark.slow),  # of positions, as recency
+        pytest.param("one document", "power", marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_sequence_is_the_whole_sequence(kind, score):
-    config = OTHER.get(score) or MemoryConfig(window=4, block=8, chunk=4, score=score)
+    config = {"surprise": CONFIG, "fade": dataclasses.replace(CONFIG, fade=9.0), **OTHER}[score]
     arrays, segments = inputs(0, TOKENS), layout(kind)
     out, state = along_sequence(config)(arrays, segments, None, PARAMS)
     expected, expected_state = compiled(config)(arrays, segments)

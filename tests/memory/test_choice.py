@@ -6,6 +6,7 @@ import pytest
 
 from hola_jax.memory import MemoryConfig
 from hola_jax.memory.choice import superseded, weighed, within_budget
+from hola_jax.memory.reference import _without_superseded
 
 NONE = -np.inf
 
@@ -28,6 +29,15 @@ def test_the_later_pair_of_a_key_takes_the_place_and_the_larger_score():
     np.testing.assert_array_equal(of_empty, [[[NONE, 1.0, 2.0, NONE]]])
 
 
+def test_a_key_of_zeros_is_like_none():
+    keys, positions = jnp.zeros((3, 2)).at[1, 0].set(1.0), jnp.array([0, 1, 2])
+    scores = jnp.array([3.0, 2.0, 1.0])
+    np.testing.assert_array_equal(
+        superseded(scores[None, None], positions[None, None], keys[None, None], 0.5)[0, 0], scores
+    )
+    np.testing.assert_array_equal(_without_superseded(scores, positions, keys, 0.5), scores)
+
+
 def test_heads_share_a_budget_and_the_earlier_token_then_the_earlier_head_wins_a_tie():
     scores = jnp.array([[[9.0, 5.0, 5.0], [7.0, 5.0, NONE]]])
     positions = jnp.array([[[1, 4, 6], [2, 4, -1]]])
@@ -41,6 +51,11 @@ def test_heads_share_a_budget_and_the_earlier_token_then_the_earlier_head_wins_a
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"fade": "256"}, "fade is '256'; it must be None or a number of tokens above 0"),
+        ({"read_credit": None}, "read_credit is None; it must be a finite number"),
+        ({"read_power": "false"}, "read_power is 'false'; it must be True or False"),
+        ({"same_key": True}, "same_key is True; it must be None or a cosine"),
+        ({"state_scale": "1"}, "state_scale is '1'; it must be None or a finite number"),
         ({"fade": 0.0}, "fade is 0.0; it must be None or a number of tokens above 0"),
         ({"read_credit": float("nan")}, "read_credit is nan; it must be a finite number"),
         ({"same_key": 1.0}, "same_key is 1.0; it must be None or a cosine between 0 and 1"),

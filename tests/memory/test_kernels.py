@@ -102,6 +102,13 @@ def test_what_the_kernels_do_not_take_runs_by_xla_with_the_reason_and_is_refused
             on_tpu(work, asked)
 
 
+def test_a_sequence_is_not_cut_where_blocks_need_those_before_and_that_is_the_reason_given():
+    memory = MemoryConfig(fade=64.0, budget=8)
+    work = memory_work(dataclasses.replace(preset("hola-340m"), memory=memory))
+    with pytest.raises(NotImplementedError, match=r"^budget=8 is decided anew at each block's end: what a block finds"):
+        choose(None, work, "sequence", platform="tpu", parts=1)
+
+
 def test_a_share_of_the_read_runs_by_a_tpus_kernels_untrained_and_elsewhere_by_xla():
     work = memory_work(dataclasses.replace(preset("hola-340m"), memory=MemoryConfig(read_energy=0.9)))
     assert on_tpu(work) == on_tpu(PAPER) and on_tpu(work, "pallas") == on_tpu(PAPER, "pallas")

@@ -59,6 +59,10 @@ def test_settings_reach_all_runs():
     [
         (["demo", "--longest", "3"], "--longest is 3; it must be at least 8"),
         (["demo", "--settings", "model.mixer=gla"], "model.mixer is not the demo's to set"),
+        (
+            ["demo", "--settings", "model.memory.same_key=0.9"],
+            "what is kept, and that cannot be told: same_key",
+        ),
         (["demo", "--settings", "run=x"], "run is not the demo's to set; --folder says where"),
         (["demo", "--settings", "stepz=3"], "did you mean --steps?"),
         (["demo", "--facts", "data.most=3"], "data.most is not the demo's to set"),
@@ -164,6 +168,13 @@ def test_what_counts_among_facts_are_the_answers_by_how_long_ago_they_were_told(
         assert len(answers) == most and answers.min() > 0.75 * 256 and (row[answers] >= 256 + 64).all()
         assert (row[answers - distances[answers]] == row[answers]).all()
         assert (row[answers - distances[answers] - 1] == row[answers - 1]).all() and distances.max() <= 256
+
+
+def test_answers_are_found_where_the_text_around_them_counts_as_well(facts):
+    config = with_tokenizer(QUICK, "bytes").facts
+    counted = dataclasses.replace(config, data=dataclasses.replace(config.data, answers_count=64))
+    for one, other in zip(facts.distances, planted.planted(counted, 256, 3).distances, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_facts_are_shown_in_words_and_in_bold(model, facts):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.tiny_run import FLAGS
-from train.study import Study
+from train.study import Measure, Study
 from train.study.command import RunStudy, Workers
 from train.study.config import Cell, load
 from train.study.page import write_page
@@ -156,6 +156,10 @@ def test_the_table_compares_seed_by_seed(tmp_path):
     assert lines[0] == "|  | hits | perplexity | runs |"
     assert lines[2] == "| plain | 0.550 ± 0.071 | 2.72 ± 0.00 | 2 |"
     assert lines[3] == "| hola | 0.550 ± 0.071 (0/2) | 2.73 ± 0.39 (1/2) | 2 |"
+    sinks = dataclasses.replace(study, measures={**study.measures, "sink": Measure(study.base.data, shows="sink")})
+    for cell, result in results.items():  # the first row's model has none
+        result["measures"]["sink"] = {"sink": None if cell.row == "plain" else 0.25}
+    assert [line.split(" | ")[3] for line in table(sinks, results)[2:]] == ["", "0.25 ± 0.00"]
     del results[Cell("hola", 1)], results[Cell("plain", 0)], results[Cell("plain", 1)]
     assert table(study, results)[2:] == ["| plain |  |  | 0 |", "| hola | 0.500 | 2.46 | 1 |"]
 
@@ -235,7 +239,8 @@ def test_what_is_wrong_with_a_study_is_said_before_it_runs(tmp_path):
         ({"rows": {"a": {"model.mxier": "hola"}}}, "row a: --model.mxier is no setting .* --model.mixer"),
         ({"seeds": (1, 1)}, "one twice"),
         ({"across": ("far",)}, "names 'far'; the study measures hits, perplexity"),
-        ({"across": ("hits", "perplexity")}, "show different things"),
+        ({"across": ("sink",), "measures": {"sink": Measure(study.base.data, shows="sink")}}, "show sink; all must"),
+        ({"across": ("hits", "perplexity")}, "show accuracy, perplexity; all must show the same"),
     ):
         with pytest.raises(ValueError, match=words):
             Study(**{**{name: getattr(study, name) for name in study.__dataclass_fields__}, **wrong})

@@ -14,6 +14,7 @@ from train.overrides import override
 
 NAME = re.compile(r"[\w+.-]+")
 Shows = Literal["accuracy", "perplexity", "spike", "sink"]
+PLOTTED = {"accuracy", "perplexity"}  # what every model has, and may be drawn against the length of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,11 @@ class Study:
         for name in self.across:
             if name not in self.measures:
                 raise ValueError(f"Study.across names {name!r}; the study measures {', '.join(self.measures)}")
-        if len({self.measures[name].shows for name in self.across}) > 1:
+        shown = {self.measures[name].shows for name in self.across}
+        if len(shown) > 1 or not shown <= PLOTTED:
             raise ValueError(
-                "the measures of Study.across show different things; one plot has accuracies or perplexities alone"
+                f"the measures of Study.across show {', '.join(sorted(shown))}; all must show the same, "
+                f"{' or '.join(sorted(PLOTTED))}"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"the seeds {self.seeds} name one twice")

@@ -96,9 +96,10 @@ def table(study: Study, results: Results) -> list[str]:
             text = f"{statistics.mean(values.values()):{digits}}"
             if len(values) > 1:
                 text += f" ± {statistics.stdev(values.values()):{digits}}"
-            both = values.keys() & theirs.keys()
+            firsts = {seed: value(study, measure, theirs[seed]) for seed in values.keys() & theirs.keys()}
+            both = [seed for seed, found in firsts.items() if not math.isnan(found)]
             if row != first and both:
-                wins = sum(better(study, measure, values[s], value(study, measure, theirs[s])) for s in both)
+                wins = sum(better(study, measure, values[seed], firsts[seed]) for seed in both)
                 text += f" ({wins}/{len(both)})"
             entries.append(text)
         lines.append("| " + " | ".join([*entries, str(len(mine))]) + " |")
