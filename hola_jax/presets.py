@@ -31,6 +31,9 @@ _ROWS: dict[str, dict[str, Any]] = {
     "hola-residual": {"mixer": "hola", "score": "residual"},
     "hola-write": {"mixer": "hola", "score": "write"},
     "hola-random": {"mixer": "hola", "score": "random"},
+    "hola-attention": {"mixer": "hola", "score": "attention"},  # what H2O keeps
+    "hola-recall": {"mixer": "hola", "score": "recall"},  # what LoLA keeps
+    "hola-learned": {"mixer": "hola", "score": "learned"},  # what LTE keeps
     "hola-same-key": {"mixer": "hola", "same_key": 0.95},  # for weights trained as "hola" (docs/scores.md)
     "hola-attnres": {"mixer": "hola", "residual": "attention"},
     "hola-block-attnres": {"mixer": "hola", "residual": "block_attention"},
