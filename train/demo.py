@@ -63,7 +63,7 @@ TEXT = TrainConfig(
     data=LibraryText(),
     optimizer=OptimizerConfig(peak=3e-3, warmup=100),
     checkpoint=CheckpointConfig(every=500, keep=1, keep_best=0),
-    steps=2000,
+    steps=1200,
     global_batch=2,
     row=512,
     loss_chunk=512,
@@ -71,9 +71,12 @@ TEXT = TrainConfig(
 )
 FACTS = dataclasses.replace(
     TEXT,
-    model=dataclasses.replace(TEXT.model, mlp_dim=64, gate_init=0.0, memory=MemoryConfig(window=8, block=16, chunk=16)),
+    model=dataclasses.replace(
+        TEXT.model, mlp_dim=64, gate_init=0.0, read_init=2.0, memory=MemoryConfig(window=8, block=16, chunk=16)
+    ),
     data=Facts(most=4, noise=LibraryText()),
     optimizer=OptimizerConfig(peak=6e-3, warmup=150),
+    steps=4000,
     global_batch=8,
     row=64,
     loss_chunk=64,
