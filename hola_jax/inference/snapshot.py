@@ -107,7 +107,8 @@ def _completed(kind: Any, theirs: Any, ours: dict[str, Any]) -> dict[str, Any]:
     """A header's fields, and at their defaults those that came later than it: they were never set."""
     if not isinstance(theirs, dict):
         raise ValueError(f"{theirs!r} in the place of a {kind.__name__}")
-    return {f.name: f.default for f in dataclasses.fields(kind) if f.name in ours} | theirs
+    later = [f for f in dataclasses.fields(kind) if f.name in ours and f.default is not dataclasses.MISSING]
+    return {f.name: f.default for f in later} | theirs
 
 
 def _check_header(path: Path, about: Mapping[str, str], config: ModelConfig, weights: str) -> list[int]:
