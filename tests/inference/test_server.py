@@ -151,7 +151,8 @@ def test_who_goes_away_frees_the_slot(served: Served, monkeypatch: pytest.Monkey
     with httpx.stream(
         "POST", served.url + "/v1/completions", json=endless, headers={"Authorization": f"Bearer {KEY}"}
     ) as r:
-        next(r.iter_lines())
+        lines = r.iter_lines()  # held: an iterator that is let go of closes the connection
+        next(lines)
         until(lambda: served.batcher.active == 1)
     until(lambda: served.batcher.active == 0)
     with pytest.raises(httpx.ReadTimeout):
