@@ -68,8 +68,6 @@ format: setup ## rewrite the sources as ruff likes them
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
-# Where there is no accelerator, libtpu, installed to compile for TPUs, need not look for one and complain.
-demo: export JAX_PLATFORMS := $(or $(JAX_PLATFORMS),$(if $(wildcard /dev/accel* /dev/vfio/* /dev/nvidia*),,cpu))
 demo: setup ## train small models with three memories and show on one page what HOLA's cache keeps
 	$(BIN)/hola demo $(DEMO)
 

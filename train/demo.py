@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
+import math
+import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from hola_jax import LanguageModel, MemoryConfig, ModelConfig
 from hola_jax.diagnostics.insight import not_shown
 from hola_jax.diagnostics.page import Shown
 from hola_jax.diagnostics.page import page as html
-from train import loop
+from train import config as configuration
 from train.compare import Files, Texts, held_out_files, measure
-from train.config import CheckpointConfig, TrainConfig, as_dict, differences
+from train.config import CheckpointConfig, RunError, TrainConfig, as_dict, differences
 from train.data import files, tokenizers
 from train.data.config import Facts, LibraryText
 from train.data.folder import texts as library_texts
@@ -27,10 +29,11 @@ from train.findings import answered, as_json, facts_table, figures, sentences, t
 from train.optimizer import OptimizerConfig
 from train.overrides import from_dict, override, pairs
 from train.planted import planted, spoken
-from train.progress import clock
+from train.progress import Progress, clock
 from train.trained import trained
-from train.weights import look
+from train.weights import is_run, look
 from train.whole import write_whole
+from train.workers import Job, Workers
 
 SHOWN = 1024  # tokens of a text on the page
 LEAST = 8  # tokens of a file in which something may be repeated
@@ -72,11 +75,16 @@ TEXT = TrainConfig(
 FACTS = dataclasses.replace(
     TEXT,
     model=dataclasses.replace(
-        TEXT.model, mlp_dim=64, gate_init=0.0, read_init=2.0, memory=MemoryConfig(window=8, block=16, chunk=16)
+        TEXT.model,
+        mlp_dim=64,
+        norm="sandwich",
+        gate_init=0.0,
+        read_init=2.0,
+        memory=MemoryConfig(window=8, block=16, chunk=16),
     ),
-    data=Facts(most=4, noise=LibraryText()),
+    data=Facts(most=4, kinds=32, noise=LibraryText()),
     optimizer=OptimizerConfig(peak=6e-3, warmup=150),
-    steps=4000,
+    steps=3000,
     global_batch=8,
     row=64,
     loss_chunk=64,
@@ -97,7 +105,7 @@ class Demo:
     and each learns to answer for facts told among such text. Printed are the perplexity of held-out files, and how much
     each model recalls by distance, whichever is better; page.html in the folder shows what HOLA's caches kept and where
     they looked. Interrupted, the same command goes on. The folders text/hola, facts/gdn ... are runs for `hola generate`
-    and `hola eval`.
+    and `hola eval`. Such models are small enough for the processor; JAX_PLATFORMS names what else they shall train on.
     """
 
     quick: bool = False
@@ -110,6 +118,8 @@ class Demo:
     """Of the three runs on facts, likewise."""
     longest: int | None = None
     """Tokens of each held-out file that are read; unless given, 4096, or 512."""
+    jobs: int | None = None
+    """Runs that train at a time; unless given, one to a core, and one on an accelerator."""
     show: str | None = None
     """A text file for the page; unless given, the held-out file in whose beginning most is repeated from afar."""
 
@@ -119,7 +129,13 @@ class Demo:
         rows = {name: said for name, said in ROWS.items() if not (self.quick and name == "recency")}
         folder = Path(recipes.text.run)
         recipes = with_tokenizer(recipes, tokenizer_file(folder, recipes.text.model.vocab_size))
-        train_all(recipes, rows, start)
+        platform = os.environ.get("JAX_PLATFORMS") or "cpu"
+        jax.config.update("jax_platforms", "cpu")  # of this process, which measures; an accelerator is the runs' alone
+        train_all(
+            [run_of(recipe, kind, name) for kind, recipe in recipes._asdict().items() for name in rows],
+            platform,
+            self.jobs,
+        )
         longest = self.longest or (512 if self.quick else 4096)
         library = held_out_files(recipes.text, longest)
         facts = planted(recipes.facts, max(min(longest, SHOWN), recipes.facts.row), PLANTED)
@@ -153,6 +169,8 @@ class Demo:
         facts = _set(configs.facts, self.facts, "model.vocab_size")  # it follows from the text's
         if self.longest is not None and self.longest < LEAST:
             raise ValueError(f"--longest is {self.longest}; it must be at least {LEAST}")
+        if self.jobs is not None and self.jobs < 1:
+            raise ValueError(f"--jobs is {self.jobs}; it must be at least 1")
         if self.show is not None and len(Path(self.show).read_text()) < LEAST:
             raise ValueError(f"--show {self.show} has fewer than {LEAST} characters; name a longer text")
         folder = self.folder or text.run
@@ -178,15 +196,86 @@ def with_tokenizer(recipes: Recipes, path: str) -> Recipes:
     return Recipes(dataclasses.replace(text, data=library), dataclasses.replace(facts, data=data, model=model))
 
 
-def train_all(recipes: Recipes, rows: Iterable[str], start: float) -> None:
-    """All runs, those of facts first: they are the short ones."""
-    configs = [run_of(recipe, kind, name) for kind, recipe in reversed(recipes._asdict().items()) for name in rows]
-    work = [config.steps * config.global_batch * config.row for config in configs]
-    for number, config in enumerate(configs):
-        gone = time.monotonic() - start
-        left = f", about {clock(gone * sum(work[number:]) / sum(work[:number]))} left" if number else ""
-        say(f"{number + 1} of {len(configs)}: {' '.join(Path(config.run).parts[-2:])} ({clock(gone)} gone{left})")
-        train(config)
+def train_all(configs: Sequence[TrainConfig], platform: str, at_a_time: int | None) -> None:
+    """Trains what is not trained yet, each run as `hola train` of its folder, in a process of its own."""
+    todo = [config for config in configs if not is_trained(config)]
+    if not todo:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_a_time = min(at_a_time or (cores if platform == "cpu" else 1), len(todo))
+    environment = {
+        "JAX_PLATFORMS": platform,
+        "NPROC": str(max(1, cores // at_a_time)),
+    }  # NPROC: threads of XLA on a CPU
+    jobs = []
+    for config in todo:
+        command = ["hola", "train", config.run]
+        configuration.write(config, Path(config.run), command, {})
+        jobs.append(Job(short(config), ("train.cli", *command[1:]), Path(config.run) / "train.log"))
+    bar = Bar(todo)
+    failed = Workers(at_a_time, bar.say, bar.show, environment).run(jobs)
+    if failed:
+        raise RunError(f"{'; '.join(failed)}. The same command goes on")
+
+
+def is_trained(config: TrainConfig) -> bool:
+    """Whether the run has its steps; one of other settings is refused, for the three would differ in more."""
+    if not is_run(Path(config.run)):
+        return False
+    try:
+        saved = look(config.run)
+    except FileNotFoundError:  # it was stopped before its first checkpoint
+        return False
+    assert saved.about is not None
+    found = differences(as_dict(from_dict(TrainConfig, saved.about["config"])), as_dict(config))
+    changed = [line for line in found if not line.startswith("run:")]
+    if changed:
+        raise ValueError(f"{config.run} was begun with other settings: {'; '.join(changed)}. Give another --folder")
+    if saved.step == config.steps:
+        say(f"{config.run} has its {config.steps} steps already")
+    return saved.step == config.steps
+
+
+def short(config: TrainConfig) -> str:
+    """`facts hola`."""
+    return " ".join(Path(config.run).parts[-2:])
+
+
+class Bar:
+    """How far all of the runs are, in thousands of tokens, and where those stand that are under way."""
+
+    def __init__(self, configs: Sequence[TrainConfig]) -> None:
+        self.configs = configs
+        self.progress = Progress("thousand tokens", self._tokens([config.steps for config in configs]))
+        self.progress.first = self._tokens([step for step, _ in map(stand, configs)])
+
+    def _tokens(self, steps: Sequence[int]) -> int:
+        pairs = zip(self.configs, steps, strict=True)
+        return sum(config.global_batch * config.row * step for config, step in pairs) // 1000
+
+    def show(self) -> None:
+        found = [stand(config) for config in self.configs]
+        self.progress.note = ", ".join(
+            f"{short(config)} {step}/{config.steps} loss {loss:.2f}"
+            for config, (step, loss) in zip(self.configs, found, strict=True)
+            if 0 < step < config.steps
+        )
+        self.progress.show(self._tokens([step for step, _ in found]))
+
+    def say(self, line: str) -> None:
+        """A line of its own, in the bar's place; the bar comes again below."""
+        print(("\r\x1b[K" if self.progress.live else "") + line, file=sys.stderr, flush=True)
+
+
+def stand(config: TrainConfig) -> tuple[int, float]:
+    """(step, loss) that the run has written last."""
+    try:
+        *_, last = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+        record = json.loads(last)
+    except (FileNotFoundError, ValueError):  # none yet, or half a line
+        return 0, math.nan
+    loss = record.get("loss")
+    return record["step"], math.nan if loss is None else loss
 
 
 def say(text: str) -> None:
@@ -213,26 +302,6 @@ def run_of(recipe: TrainConfig, kind: str, name: str) -> TrainConfig:
     if name == "recency":
         model = dataclasses.replace(model, memory=dataclasses.replace(model.memory, score="recency"))
     return dataclasses.replace(recipe, run=str(Path(recipe.run) / kind / name), model=model)
-
-
-def train(config: TrainConfig) -> None:
-    """Trains from where the run stands; a run of other settings is refused, for the three would differ in more."""
-    try:
-        saved = look(config.run)
-    except FileNotFoundError:
-        saved = None
-    if saved is not None and saved.about is not None:
-        found = differences(as_dict(from_dict(TrainConfig, saved.about["config"])), as_dict(config))
-        changed = [line for line in found if not line.startswith("run:")]
-        if changed:
-            raise ValueError(f"{config.run} was begun with other settings: {'; '.join(changed)}. Give another --folder")
-        if saved.step == config.steps:
-            say(f"{config.run} has its {config.steps} steps already")
-            return
-    code = loop.run(config, command=["hola", "train", config.run])
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop's own handler waits for a step, and there is none to come
-    if code:
-        sys.exit(code)
 
 
 def told(model: LanguageModel, facts: Texts, library: Files) -> Shown:

@@ -16,15 +16,12 @@ from train.data.tokenizers import Tokenizer
 HELD_OUT = 0  # the seed of what is measured: the same rows for all
 ALONE = 1  # tokens before a value that name it: its key
 _PEOPLE = (
-    "Ada Alan Alma Amos Anna Arlo Beth Boris Cara Cleo Cyril Dina Edda Eli Emil Enid Ezra Faye Felix Fritz Gail Gina "
-    "Greta Gus Hana Hugo Ida Igor Inga Iris Ivan Jack Jana Joan Jonas Judy Karl Kira Lars Lea Leo Lina Luis Mara Max "
-    "Mia Milo Nina Noah Nora Olga Omar Otto Paul Pia Rosa Rudi Sara Sven Tara Theo Uma Vera Zoe"
+    "Ada Alan Anna Arlo Beth Cara Cleo Cyril Dina Emil Enid Felix Gina Hugo Ida Igor Iris Ivan Jana Jonas Karl Lina Luis "
+    "Mara Milo Nora Olga Otto Rosa Sven Theo Zoe"
 )
 _PLACES = (
-    "Accra Athens Baku Basel Berlin Bern Bonn Boston Brno Cairo Cork Dakar Delhi Dhaka Doha Dublin Essen Geneva Genoa "
-    "Ghent Hanoi Havana Izmir Jaffa Kabul Kobe Kyiv Lagos Leeds Leipzig Lima Linz Lisbon London Lyon Madrid Malmo "
-    "Manila Metz Milan Minsk Nairobi Naples Nice Oslo Osaka Paris Perth Pisa Porto Prague Quito Riga Rome Seoul Sofia "
-    "Split Tokyo Tunis Turin Vienna Vigo Warsaw Zagreb"
+    "Accra Athens Berlin Boston Cairo Cork Dakar Delhi Dublin Essen Genoa Hanoi Havana Izmir Kabul Kyiv Lagos Lima Lisbon "
+    "London Madrid Minsk Nairobi Oslo Paris Perth Prague Quito Rome Seoul Tunis Vienna"
 )
 PEOPLE, PLACES = _PEOPLE.split(), _PLACES.split()
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from tests.train.processes import ROOT
 from tests.train.tiny_run import FLAGS
 from train import cli, compare, demo, findings, planted
 from train.compare import Files, Measured, measure
-from train.config import as_dict, differences
+from train.config import RunError, as_dict, differences
 from train.data import tokenizers
 from train.data.tokenizers import Bytes
 from train.demo import FULL, QUICK, ROWS, Demo, Recipes, run_of, tokenizer_file, with_tokenizer
+from train.overrides import load
 from train.progress import Progress
 from train.weights import Saved
 
@@ -65,6 +67,7 @@ def test_settings_reach_all_runs():
         ),
         (["demo", "--settings", "run=x"], "run is not the demo's to set; --folder says where"),
         (["demo", "--settings", "stepz=3"], "did you mean --steps?"),
+        (["demo", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
         (["demo", "--facts", "data.most=3"], "data.most is not the demo's to set"),
         (["demo", "--facts", "model.vocab_size=3"], "model.vocab_size is not the demo's to set"),
         (["demo", "--show", "pyproject.txt"], "pyproject.txt"),
@@ -91,27 +94,65 @@ def test_the_vocabulary_is_learnt_once(tmp_path, monkeypatch):
         tokenizer_file(tmp_path / "new", 300)
 
 
-def test_a_run_that_is_done_is_left_and_another_goes_on(monkeypatch):
-    config = run_of(dataclasses.replace(QUICK.text, run="demo"), "text", "hola")
-    about, begun, code = {"config": json.loads(json.dumps(as_dict(config)))}, [], 0
+def test_a_run_that_is_done_is_left_and_one_of_other_settings_refused(tmp_path, monkeypatch, capsys):
+    recipe = dataclasses.replace(QUICK.text, run=str(tmp_path))
+    config, about = run_of(recipe, "text", "hola"), {}
 
-    def saved(step):
+    def saved(step, **changed):
+        about["config"] = json.loads(json.dumps(as_dict(dataclasses.replace(config, **changed))))
         monkeypatch.setattr(demo, "look", lambda folder: Saved(folder, config.model, step, about))
 
-    monkeypatch.setattr(demo.loop, "run", lambda config, command: begun.append(config.run) or code)
-    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    assert not demo.is_trained(config)  # there is no such folder
+    checkpoints = tmp_path / "text" / "hola" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    assert not demo.is_trained(config)  # it was stopped before its first checkpoint
+    saved(config.steps // 2, run="where it was moved from")
+    assert not demo.is_trained(config)
     saved(config.steps)
-    demo.train(config)
-    assert not begun
-    saved(config.steps // 2)
-    demo.train(config)
-    assert begun == ["demo/text/hola"]
-    with pytest.raises(ValueError, match=r"was begun with other settings: seed: 0 -> 1\. Give another --folder"):
-        demo.train(dataclasses.replace(config, seed=1))
-    code = 75  # stopped by SIGTERM, saved
-    with pytest.raises(SystemExit) as stop:
-        demo.train(config)
-    assert stop.value.code == 75
+    assert demo.is_trained(config) and f"has its {config.steps} steps already" in capsys.readouterr().out
+    saved(config.steps, seed=1)
+    with pytest.raises(ValueError, match=r"was begun with other settings: seed: 1 -> 0\. Give another --folder"):
+        demo.is_trained(config)
+
+
+def test_each_run_is_a_process_on_its_share_of_the_cores(tmp_path, monkeypatch):
+    made = {}
+
+    class Workers:
+        def __init__(self, at_a_time, say, watch, environment):
+            made.update(at_a_time=at_a_time, watch=watch, **environment)
+
+        def run(self, jobs):
+            made["jobs"] = jobs
+            return made.get("failed", [])
+
+    monkeypatch.setattr(demo, "Workers", Workers)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    configs = [run_of(dataclasses.replace(QUICK.facts, run=str(tmp_path)), "facts", name) for name in ROWS]
+    demo.train_all(configs, "cpu", None)
+    assert (made["at_a_time"], made["JAX_PLATFORMS"], made["NPROC"]) == (3, "cpu", "2")
+    assert [job.module for job in made["jobs"]] == [("train.cli", "train", config.run) for config in configs]
+    assert [load(config.run) for config in configs] == configs  # what `hola train FOLDER` finds there
+    demo.train_all(configs, "cuda", None)
+    assert (made["at_a_time"], made["JAX_PLATFORMS"]) == (1, "cuda")
+    made["failed"] = ["facts hola ended with 1: killed"]
+    with pytest.raises(RunError, match=r"facts hola ended with 1: killed\. The same command goes on"):
+        demo.train_all(configs, "cpu", 2)
+
+
+def test_the_bar_tells_how_far_all_runs_are(tmp_path, capsys):
+    config = dataclasses.replace(QUICK.facts, run=str(tmp_path), steps=100, global_batch=10, row=100)
+    configs = [run_of(config, "facts", name) for name in ("gdn", "recency", "hola")]
+    bar = demo.Bar(configs)
+    for run, lines in zip(
+        configs[:2], ('{"step": 50, "loss": 2.5}\n{"step": 60, "held_out_loss": 2.0}', '{"st'), strict=True
+    ):
+        Path(run.run).mkdir(parents=True)
+        (Path(run.run) / "metrics.jsonl").write_text(lines)
+    bar.show()
+    said = capsys.readouterr().err
+    assert said.startswith("thousand tokens [####....") and " 60/300 " in said and "facts gdn 60/100 loss nan" in said
+    assert "recency" not in said and demo.Bar(configs).progress.first == 60
 
 
 def texts(count=9, longest=700):
@@ -165,7 +206,9 @@ def test_what_counts_among_facts_are_the_answers_by_how_long_ago_they_were_told(
     assert facts.ranges[0] == "1-16" and facts.edges[-1] == 256
     for row, distances in zip(facts.rows, facts.distances, strict=True):
         answers = np.flatnonzero(distances)
-        assert len(answers) == most and answers.min() > 0.75 * 256 and (row[answers] >= 256 + 64).all()
+        assert (
+            len(answers) == most and answers.min() > 0.75 * 256 and (row[answers] >= 256 + QUICK.facts.data.kinds).all()
+        )
         assert (row[answers - distances[answers]] == row[answers]).all()
         assert (row[answers - distances[answers] - 1] == row[answers - 1]).all() and distances.max() <= 256
 

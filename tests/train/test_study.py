@@ -13,7 +13,7 @@ import pytest
 
 from tests.train.tiny_run import FLAGS
 from train.study import Measure, Study
-from train.study.command import RunStudy, Workers
+from train.study.command import RunStudy
 from train.study.config import Cell, load
 from train.study.page import write_page
 from train.study.plot import svg, ticks
@@ -117,20 +117,6 @@ def _child(parent: int, checkpoints: Path, besides: int = 0) -> int:
             return int(children[0])
         time.sleep(0.1)
     raise AssertionError("no run made a checkpoint")
-
-
-def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    workers = Workers("small.py", tmp_path / "results", tmp_path / "runs", jobs=2)
-
-    def start(cell):
-        workers._log(cell).write_text(f"the words of {cell.name}\n")
-        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(cell.row == 'bad')})"])
-
-    monkeypatch.setattr(workers, "_start", start)
-    failed = workers.run([Cell("good", 0), Cell("bad", 0), Cell("good", 1)])
-    assert len(failed) == 1 and "bad.0 ended with 1: the words of bad.0" in failed[0]
-    said = capsys.readouterr().err
-    assert said.count("bad.0 ended with 1") == 2 and said.count("done [") == 2
 
 
 def test_a_run_of_another_study_is_not_made_twice(tmp_path, capsys):
