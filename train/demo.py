@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,17 @@ from train.config import CheckpointConfig, RunError, TrainConfig, as_dict, diffe
 from train.data import files, tokenizers
 from train.data.config import Facts, LibraryText
 from train.data.folder import texts as library_texts
-from train.findings import answered, as_json, facts_table, figures, sentences, table, what_is_asked
+from train.findings import (
+    ONE_SEED,
+    answered,
+    as_json,
+    facts_figure,
+    facts_table,
+    sentences,
+    table,
+    text_figures,
+    what_is_asked,
+)
 from train.optimizer import OptimizerConfig
 from train.overrides import from_dict, override, pairs
 from train.planted import planted, spoken
@@ -38,6 +48,7 @@ from train.workers import Job, Workers
 SHOWN = 1024  # tokens of a text on the page
 LEAST = 8  # tokens of a file in which something may be repeated
 PLANTED = 64  # rows in which facts are asked for, to measure
+LEARNED = {"text": "to guess the next token of others", "facts": "to answer for facts, of which there are none here"}
 ROWS = {"gdn": "Gated DeltaNet", "recency": "HOLA + recency", "hola": "HOLA"}  # run folders, and what they are called
 
 
@@ -90,10 +101,9 @@ FACTS = dataclasses.replace(
     loss_chunk=64,
 )
 FULL = Recipes(TEXT, FACTS)
-SMALL = dataclasses.replace(TEXT.model, vocab_size=512)
-QUICK = Recipes(
-    dataclasses.replace(TEXT, run="runs/three-quick", model=SMALL, steps=50, row=256),
-    dataclasses.replace(FACTS, run="runs/three-quick", steps=300),
+QUICK = Recipes(  # of whose text nothing is trained
+    dataclasses.replace(TEXT, run="runs/three-quick", model=dataclasses.replace(TEXT.model, vocab_size=512)),
+    dataclasses.replace(FACTS, run="runs/three-quick", steps=600),
 )
 
 
@@ -109,11 +119,12 @@ class Demo:
     """
 
     quick: bool = False
-    """Smaller and shorter and without HOLA + recency, with the same page."""
+    """Shorter, of facts alone and without HOLA + recency, with the same page."""
     folder: str | None = None
     """Of the runs and the page; unless given, runs/three, or runs/three-quick."""
     settings: tuple[str, ...] = ()
-    """Of the three runs on text, such as steps=9000 model.dim=128 (`hola train configs/demo.py --help` lists them)."""
+    """Of the three runs on text, such as steps=9000 model.dim=128 (`hola train configs/demo.py --help` lists them);
+    with --quick there are none, and model.vocab_size alone is set."""
     facts: tuple[str, ...] = ()
     """Of the three runs on facts, likewise."""
     longest: int | None = None
@@ -127,39 +138,39 @@ class Demo:
         start = time.monotonic()
         recipes = self.recipes()
         rows = {name: said for name, said in ROWS.items() if not (self.quick and name == "recency")}
+        kinds = ("facts",) if self.quick else Recipes._fields
         folder = Path(recipes.text.run)
         recipes = with_tokenizer(recipes, tokenizer_file(folder, recipes.text.model.vocab_size))
         platform = os.environ.get("JAX_PLATFORMS") or "cpu"
         jax.config.update("jax_platforms", "cpu")  # of this process, which measures; an accelerator is the runs' alone
-        train_all(
-            [run_of(recipe, kind, name) for kind, recipe in recipes._asdict().items() for name in rows],
-            platform,
-            self.jobs,
-        )
+        configs = [run_of(getattr(recipes, kind), kind, name) for kind in kinds for name in rows]
+        train_all(configs, platform, self.jobs)
         longest = self.longest or (512 if self.quick else 4096)
+        models = {kind: {name: trained(folder / kind / name)[0] for name in rows} for kind in kinds}
         library = held_out_files(recipes.text, longest)
         facts = planted(recipes.facts, max(min(longest, SHOWN), recipes.facts.row), PLANTED)
-        models = {kind: {name: trained(folder / kind / name)[0] for name in rows} for kind in Recipes._fields}
-        read = {name: measure(model, library, rows[name]) for name, model in models["text"].items()}
         recalled = {name: measure(model, facts, rows[name]) for name, model in models["facts"].items()}
         memory = recipes.facts.model.memory
-        said = [*answered(recalled, rows, memory), *sentences(read, rows, recipes.text.model.memory, library)]
-        tables = [facts_table(recalled, rows, facts), "", table(read, rows, library), what_is_asked(library)]
+        results: dict[str, Any] = {"facts": as_json(recalled, facts)}
+        tables, said = [facts_table(recalled, rows, facts)], answered(recalled, rows, memory)
+        figures = facts_figure(recalled, rows, memory, facts)
+        if "text" in kinds:
+            read = {name: measure(model, library, rows[name]) for name, model in models["text"].items()}
+            memory = recipes.text.model.memory
+            results["text"] = as_json(read, library)
+            tables += ["", table(read, rows, library), what_is_asked(library)]
+            said += sentences(read, rows, memory, library)
+            figures += text_figures(read, rows, memory, library)
+        said.append(ONE_SEED)
         say("\n" + "\n".join([*tables, "", *said]))
-        results = {
-            "config": {kind: as_dict(config) for kind, config in recipes._asdict().items()},
-            "facts": as_json(recalled, facts),
-            "text": as_json(read, library),
-            "found": said,
-        }
+        results |= {"config": {kind: as_dict(getattr(recipes, kind)) for kind in kinds}, "found": said}
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
         shown = [
             told(models["facts"]["hola"], facts, library),
-            some_file(models["text"]["hola"], library, self.show),
+            some_file(models[kinds[0]]["hola"], kinds[0], library, self.show),
         ]
-        drawn = figures(recalled, facts, memory, read, library, recipes.text.model.memory, rows)
         page = folder / "page.html"
-        write_whole(page, html(shown, drawn, said))
+        write_whole(page, html(shown, figures, said))
         say(f"\n{page} shows what HOLA's cache kept; open it in a browser. Done in {clock(time.monotonic() - start)}.")
 
     def recipes(self) -> Recipes:
@@ -167,6 +178,8 @@ class Demo:
         configs = QUICK if self.quick else FULL
         text = _set(configs.text, self.settings)
         facts = _set(configs.facts, self.facts, "model.vocab_size")  # it follows from the text's
+        if self.quick and any(not setting.startswith("model.vocab_size=") for setting in self.settings):
+            raise ValueError("--quick trains nothing on text: --settings sets model.vocab_size alone, --facts the rest")
         if self.longest is not None and self.longest < LEAST:
             raise ValueError(f"--longest is {self.longest}; it must be at least {LEAST}")
         if self.jobs is not None and self.jobs < 1:
@@ -203,10 +216,8 @@ def train_all(configs: Sequence[TrainConfig], platform: str, at_a_time: int | No
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_a_time = min(at_a_time or (cores if platform == "cpu" else 1), len(todo))
-    environment = {
-        "JAX_PLATFORMS": platform,
-        "NPROC": str(max(1, cores // at_a_time)),
-    }  # NPROC: threads of XLA on a CPU
+    threads = max(1, cores // at_a_time)
+    environment = {"JAX_PLATFORMS": platform, "NPROC": str(threads)}  # XLA has so many threads on a CPU
     jobs = []
     for config in todo:
         command = ["hola", "train", config.run]
@@ -316,7 +327,7 @@ def told(model: LanguageModel, facts: Texts, library: Files) -> Shown:
     return Shown(model, "facts among text", about, tokens, text, facts.distances[0], marked)
 
 
-def some_file(model: LanguageModel, library: Files, file: str | None) -> Shown:
+def some_file(model: LanguageModel, kind: str, library: Files, file: str | None) -> Shown:
     """The beginning of a file; of the held-out one in which most is repeated from afar, where none is given."""
     if file is None:
         memory = model.config.memory
@@ -326,5 +337,5 @@ def some_file(model: LanguageModel, library: Files, file: str | None) -> Shown:
     else:
         name, (tokens, distances) = Path(file).name, library.repetitions(Path(file).read_text())
     pieces = [library.tokenizer.decode([token]) for token in tokens[:SHOWN]]
-    about = "The beginning of a file. The model has learned to guess the next token of others."
+    about = f"The beginning of a file. The model has learned {LEARNED[kind]}."
     return Shown(model, name, about, tokens[:SHOWN], pieces, distances[:SHOWN])

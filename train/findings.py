@@ -16,6 +16,8 @@ Names = dict[
     str, str
 ]  # of the models, by the names of their run folders; "hola" is the one the others are held against
 
+ONE_SEED = "One seed and one small size: another seed may turn what is close."
+
 
 def table(measured: dict[str, Measured], names: Names, texts: Files) -> str:
     """Perplexity, and what each model knew of repetitions by their distance."""
@@ -89,7 +91,7 @@ def sentences(measured: dict[str, Measured], names: Names, memory: MemoryConfig,
         ]
         known = f"Of repeated tokens it knows {parts[0]}, and {parts[1]}."
         found.append(f"{_loss(hola, other, names[key])} {known}")
-    return [*found, "One seed and one small size: another seed may turn what is close."]
+    return found
 
 
 def reach(memory: MemoryConfig) -> int:
@@ -145,25 +147,23 @@ def as_json(measured: dict[str, Measured], texts: Texts) -> dict[str, Any]:
     }
 
 
-def figures(
-    recalled: dict[str, Measured],
-    facts: Texts,
-    of_facts: MemoryConfig,
-    read: dict[str, Measured],
-    library: Files,
-    of_files: MemoryConfig,
-    names: Names,
-) -> str:
-    """Recall as curves and perplexity as bars, in HTML."""
-    asked = int(sum(np.count_nonzero(far) for far in facts.distances))
-    answers = by_distance(recalled, names, facts, of_facts, "Share of the facts answered by each model, by distance")
-    bars = charts.bars({key: each.perplexity for key, each in read.items()}, names, "Perplexity of each model")
-    known = by_distance(read, names, library, of_files, "Share of the repetitions known by each model, by distance")
+def facts_figure(measured: dict[str, Measured], names: Names, memory: MemoryConfig, texts: Texts) -> str:
+    """Answers by distance as curves, in HTML."""
+    asked = int(sum(np.count_nonzero(far) for far in texts.distances))
+    answers = by_distance(measured, names, texts, memory, "Share of the facts answered by each model, by distance")
     return (
-        f"<figure><h3>Facts answered</h3>{answers}<figcaption>{asked:,} questions in {len(facts.rows)} rows of text like "
+        f"<figure><h3>Facts answered</h3>{answers}<figcaption>{asked:,} questions in {len(texts.rows)} rows of text like "
         "the one shown, by how many tokens before the fact was told. Whiskers: one standard error.</figcaption></figure>"
+    )
+
+
+def text_figures(measured: dict[str, Measured], names: Names, memory: MemoryConfig, texts: Files) -> str:
+    """Perplexity as bars and repetitions by distance as curves, in HTML."""
+    bars = charts.bars({key: each.perplexity for key, each in measured.items()}, names, "Perplexity of each model")
+    known = by_distance(measured, names, texts, memory, "Share of the repetitions known by each model, by distance")
+    return (
         f"<figure><h3>Perplexity of held-out files</h3>{bars}</figure>"
-        f"<figure><h3>Repetitions known</h3>{known}<figcaption>{what_is_asked(library)}</figcaption></figure>"
+        f"<figure><h3>Repetitions known</h3>{known}<figcaption>{what_is_asked(texts)}</figcaption></figure>"
     )
 
 

@@ -50,9 +50,10 @@ def test_the_three_runs_differ_in_their_memory_alone(kind):
 
 
 def test_settings_reach_all_runs():
-    text, facts = Demo(quick=True, settings=("model.memory.state_scale=0.5", "steps=7"), folder="here").recipes()
+    text, facts = Demo(settings=("model.memory.state_scale=0.5", "steps=7"), folder="here").recipes()
     assert (text.model.memory.state_scale, text.steps, text.run) == (0.5, 7, "here")
-    assert facts == dataclasses.replace(QUICK.facts, run="here") and text.row == QUICK.text.row
+    assert facts == dataclasses.replace(FULL.facts, run="here") and text.row == FULL.text.row
+    assert Demo(quick=True, settings=("model.vocab_size=300",)).recipes().text.model.vocab_size == 300
     assert Demo(facts=("steps=9",)).recipes() == Recipes(FULL.text, dataclasses.replace(FULL.facts, steps=9))
 
 
@@ -67,6 +68,7 @@ def test_settings_reach_all_runs():
         ),
         (["demo", "--settings", "run=x"], "run is not the demo's to set; --folder says where"),
         (["demo", "--settings", "stepz=3"], "did you mean --steps?"),
+        (["demo", "--quick", "--settings", "steps=3"], "--quick trains nothing on text"),
         (["demo", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
         (["demo", "--facts", "data.most=3"], "data.most is not the demo's to set"),
         (["demo", "--facts", "model.vocab_size=3"], "model.vocab_size is not the demo's to set"),
@@ -187,11 +189,12 @@ def test_what_is_measured_is_the_models_loss_on_every_token(model, monkeypatch):
 def test_the_page_shows_the_text_that_is_given_or_where_most_is_repeated(model, tmp_path):
     few = texts()
     few.distances[4][:] = 60  # farther than the block and the cache reach
-    found = demo.some_file(model, few, None)
+    found = demo.some_file(model, "text", few, None)
+    assert "guess the next token" in found.about
     assert found.name == "4" and len(found.tokens) == len(found.text) == len(found.distances) <= 1024
     file = tmp_path / "own.py"
     file.write_text("abcdefgh--abcdefgh" * 60)
-    found = demo.some_file(model, few, str(file))
+    found = demo.some_file(model, "facts", few, str(file))
     assert found.name == "own.py" and "".join(found.text) == file.read_text()[:1024]
     assert found.distances[:15].tolist() == [0] * 13 + [10, 10]
 
@@ -247,12 +250,12 @@ def said(hola, others):
 
 def test_the_sentences_say_what_was_found_whichever_way_it_came_out():
     better, worse = made(3.0, np.array([0.5, 0.5, 0.3])), made(3.1, np.array([0.5, 0.5, 0.1]))
-    (first, *_), table = said(better, {"gdn": worse})
+    (first,), table = said(better, {"gdn": worse})
     assert "below Gated DeltaNet's" in first and "lower on 40 of 40 files" in first
     assert "about as many up to 40 tokens back" in first and "20.0 points more farther back" in first
-    (first, last), _ = said(worse, {"gdn": better})
-    assert "above Gated DeltaNet's" in first and "20.0 points fewer farther back" in first and "One seed" in last
-    (first, *_), _ = said(better, {"gdn": better})
+    (first,), _ = said(worse, {"gdn": better})
+    assert "above Gated DeltaNet's" in first and "20.0 points fewer farther back" in first
+    (first,), _ = said(better, {"gdn": better})
     assert "differ by less than these files can tell" in first and "about as many farther back" in first
     assert f"{better.perplexity:.2f}" in table and "30.0%" in table and "2.000" in table
 
@@ -264,8 +267,8 @@ def test_a_range_without_repetitions_is_left_open():
     known = findings.as_json({"hola": none}, texts())["hola"]["known"]
     assert known == {"1-10": None, "11-40": None, "41-80": None} and not math.isnan(none.perplexity)
     memory = MemoryConfig(window=30, block=10, chunk=10)
-    drawn = findings.figures({"hola": none}, texts(), memory, {"hola": none}, texts(), memory, names)
-    assert "nan" not in drawn and drawn.count("<figure>") == 3
+    drawn = [draw({"hola": none}, names, memory, texts()) for draw in (findings.facts_figure, findings.text_figures)]
+    assert "nan" not in "".join(drawn) and [each.count("<figure>") for each in drawn] == [1, 2]
 
 
 def test_of_facts_it_is_said_what_each_model_answered_from_afar():
@@ -282,28 +285,41 @@ TINY += ["model.memory.window=4", "model.memory.chunk=16", "model.memory.block=1
 
 @pytest.mark.slow
 def test_the_whole_demo_with_few_steps(tmp_path):
-    """It trains its runs, which are two and two, prints what they reached, and makes a page."""
+    """It trains its runs, here two and two, prints what they reached, and makes a page; so does --quick, of facts alone."""
     folder = tmp_path / "demo"
-    fewer = "from train import cli, demo; demo.PLANTED = 8; cli.main()"
-    command = [sys.executable, "-c", fewer, "demo", "--quick", "--folder", str(folder), "--longest", "128"]
-    command += ["--settings", *TINY, "model.vocab_size=300", "--facts", *TINY]
+    fewer = "from train import cli, demo; demo.PLANTED = 8; del demo.ROWS['recency']; cli.main()"
+    command = [sys.executable, "-c", fewer, "demo", "--folder", str(folder), "--longest", "128"]
+    command += ["--facts", *TINY, "--settings", "model.vocab_size=300"]
     environment = {**os.environ, "XLA_FLAGS": FLAGS}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((folder / "results.json").read_text())
+
+    def results(*options, found):
+        done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((folder / "results.json").read_text())
+        assert all(sentence in done.stdout for sentence in results["found"]) and len(results["found"]) == found
+        for name in ("gdn", "hola"):
+            assert sum(results["facts"][name]["repeated"].values()) == 8 * FULL.facts.data.most
+        return results, done.stdout
+
+    whole, said = results(*TINY, found=3)
     for name in ("gdn", "hola"):
-        perplexity = results["text"][name]["perplexity"]
-        assert 100 < perplexity < 400 and f"{perplexity:.2f}" in done.stdout  # guessing gives 300
-        assert sum(results["facts"][name]["repeated"].values()) == 8 * QUICK.facts.data.most
+        perplexity = whole["text"][name]["perplexity"]
+        assert 100 < perplexity < 400 and f"{perplexity:.2f}" in said  # guessing gives 300
         assert all((folder / kind / name / "checkpoints" / "3").is_dir() for kind in Recipes._fields)
-    assert all(sentence in done.stdout for sentence in results["found"]) and len(results["found"]) == 3
+    look_at(folder / "page.html", bars=2)
+    quick, said = results("--quick", found=2)  # the same runs: it takes them as they are
+    assert quick["facts"] == whole["facts"] and "text" not in quick and said.count("has its 3 steps already") == 2
+    look_at(folder / "page.html", bars=0)
+
+
+def look_at(page, bars):
     if command := browser.found():
         window = browser.Browser(command)
         try:
-            window.open(folder / "page.html")
-            assert window.ask("document.querySelectorAll('#text .marked').length") == 4 * QUICK.facts.data.most
+            window.open(page)
+            assert window.ask("document.querySelectorAll('#text .marked').length") == 4 * FULL.facts.data.most
             window.click("#example")
             assert window.ask("document.querySelectorAll('#entries tr').length") > 1
-            assert window.ask("document.querySelectorAll('svg rect').length") == 2 and not window.failed
+            assert window.ask("document.querySelectorAll('svg rect').length") == bars and not window.failed
         finally:
             window.close()
