@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--batch-tokens", type=int, help="that go through the model at a time; as ModelScorer has it")
     options = parser.parse_args()
     usual = {"samples": (samples, 32768), "loglikelihood": (loglikelihood, 2048), "needles": (needles, 8192)}
     action, length = usual[options.what]

@@ -22,12 +22,16 @@ from hola_jax.config import ModelConfig
 from hola_jax.evals.beginnings import Beginning, beginnings
 from hola_jax.inference import GREEDY, Generator, Prefix, Request
 from hola_jax.inference.prefix import joined, new_memory
-from hola_jax.model import LanguageModel, Params, State, init_state
+from hola_jax.model import LanguageModel, Params, State, init_state, state_bytes
 
 Done = Callable[[int], None]  # told how many rows are finished since the last time
 Until = Callable[[int, np.ndarray], bool]  # (number of the prompt, its tokens so far): whether they are enough
 
 SHORTEST = 32  # tokens of a piece
+BATCH_TOKENS = (
+    8192  # that go through an accelerator at a time; a CPU reads no faster when it is given more than a piece
+)
+ROWS, MEMORIES = 32, 4 << 30  # prompts that are continued together, and bytes of their memories, at most
 
 
 class Scored(NamedTuple):
@@ -67,24 +71,36 @@ class ModelScorer:
     """A language model as a Scorer.
 
     piece        tokens of a row that go through the model at a time
-    batch_tokens tokens of all rows that do
+    batch_tokens tokens of all rows that do; None is 8192, and a piece on a CPU
     head_tokens  tokens whose logits exist at a time
+    rows         prompts that are continued together; None is 32, or fewer where their memories would have over 4 GiB
     """
 
     def __init__(
-        self, model: LanguageModel, *, piece: int = 1024, batch_tokens: int = 8192, head_tokens: int = 1024
+        self,
+        model: LanguageModel,
+        *,
+        piece: int = 1024,
+        batch_tokens: int | None = None,
+        head_tokens: int = 1024,
+        rows: int | None = None,
     ) -> None:
+        if batch_tokens is None:
+            batch_tokens = piece if jax.default_backend() == "cpu" else BATCH_TOKENS
+        if rows is None:
+            rows = max(1, min(ROWS, MEMORIES // state_bytes(model.config)))
         for name, value, least in (
             ("piece", piece, SHORTEST),
             ("batch_tokens", batch_tokens, 1),
             ("head_tokens", head_tokens, 1),
+            ("rows", rows, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         self.config: ModelConfig = model.config
         self.vocab_size = model.config.vocab_size
         self.longest = model.config.max_length if model.config.mixer == "transformer" else None
-        self.piece, self.batch_tokens = piece, batch_tokens
+        self.piece, self.batch_tokens, self.rows = piece, batch_tokens, rows
         structure, params = nnx.split(model)
         self.model, self.params = model, nnx.to_pure_dict(params)
         self._score = jax.jit(partial(_score, structure, head_tokens))
@@ -119,9 +135,8 @@ class ModelScorer:
         for batch in self._rests(prompts):
             numbers = [rest.number for rest in batch]
             tokens: list[list[int]] = [[] for _ in batch]
-            for delta in self._generator.stream(
-                [rest.tokens for rest in batch], [request] * len(batch), prefix=self._memory(batch)
-            ):
+            read = self._read(batch, self._rows(max(len(prompts[n]) for n in numbers)))
+            for delta in self._generator.stream(None, [request] * len(batch), prefix=read):
                 tokens[delta.row] += delta.tokens
                 # The last row of a round: no row is ahead of another.
                 if delta.row == len(batch) - 1 and _enough(until, numbers, tokens):
@@ -152,14 +167,17 @@ class ModelScorer:
             waiting.sort(key=lambda rest: -len(rest.tokens))
             stack += [(longer, memory) for longer in here.longer]
             while waiting:
-                # By whole prompts, though less is in flight: what is shared makes no batch have more rows, each a memory.
-                most = self._rows(max(len(prompts[rest.number]) for rest in waiting))
-                if stack and len(waiting) < most:
+                if stack and len(waiting) < self.rows:
                     break
-                batch, waiting = waiting[:most], waiting[most:]
+                batch, waiting = waiting[: self.rows], waiting[self.rows :]
                 yield batch
 
-    def _memory(self, batch: list[Rest]) -> Prefix | None:
+    def _read(self, batch: list[Rest], together: int) -> Prefix:
+        """The memory of the whole prompts, so many of which go through the model at a time."""
+        parts = [batch[n : n + together] for n in range(0, len(batch), together)]
+        return joined([self._generator.read([rest.tokens for rest in part], self._before(part)) for part in parts])
+
+    def _before(self, batch: list[Rest]) -> Prefix | None:
         """What is before the rests, a row for each."""
         if all(rest.memory is None for rest in batch):
             return None

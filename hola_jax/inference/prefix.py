@@ -131,9 +131,12 @@ class Prefix:
 
 
 def joined(prefixes: Sequence[Prefix]) -> Prefix:
-    """One batch of the first row of each, in that order."""
-    memory = prefixes[0].rows([0] * len(prefixes)).memory
-    for slot, prefix in enumerate(prefixes):
-        if prefix is not prefixes[0]:
-            memory = write_row(memory, np.int32(slot), prefix.memory, np.int32(0))
-    return Prefix(memory, len(prefixes))
+    """One batch of the rows of each, in that order."""
+    if len(prefixes) == 1:
+        return prefixes[0]
+    sources = [(prefix, row) for prefix in prefixes for row in range(len(prefix))]
+    memory = prefixes[0].rows([0] * len(sources)).memory
+    for slot, (prefix, row) in enumerate(sources):
+        if prefix is not prefixes[0] or row:
+            memory = write_row(memory, np.int32(slot), prefix.memory, np.int32(row))
+    return Prefix(memory, len(sources))

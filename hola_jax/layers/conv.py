@@ -111,6 +111,8 @@ class ShortConvolution(nnx.Module):
     def _convolve(self, inputs: Array, owners: Array | None, x: Array) -> Array:
         width, length = self.kernel.shape[0], x.shape[1]
         kernel = self.kernel[...].astype(x.dtype).astype(jnp.float32)
+        # Cut out of a scan's layers before it is used: cut inside the loop over tokens, that is no vector code on a CPU.
+        kernel = lax.optimization_barrier(kernel)
         total = kernel[-1] * x.astype(jnp.float32)
         for step in range(width - 1):
             tap = lax.slice_in_dim(inputs, step, step + length, axis=1).astype(jnp.float32)

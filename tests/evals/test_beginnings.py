@@ -71,11 +71,17 @@ def test_prompts_without_a_common_beginning_go_in_full_batches(monkeypatch):
     assert [shape for shape, _ in calls] == [(4, PIECE)] * 4
 
 
-def test_a_batch_has_no_more_rows_because_little_is_left_to_read(monkeypatch):
-    monkeypatch.setattr(Generator, "read", lambda self, prompts, prefix=None: prefix)
-    prompts = [behind(TRUNK[:64], 5, n) for n in range(4)]
-    batches = ModelScorer(model(), piece=64, batch_tokens=128)._rests(prompts)
-    assert [[len(rest.tokens) for rest in batch] for batch in batches] == [[5, 5]] * 2
+def test_more_prompts_are_continued_together_than_are_read_at_a_time(monkeypatch):
+    calls = watch(monkeypatch)
+    told, prompts = [], [behind(TRUNK[:64], 5, n) for n in range(5)]
+    ModelScorer(model(), piece=64, batch_tokens=64, rows=4).greedy(prompts, 8, done=told.append)
+    assert [shape for shape, _ in calls] == [(1, 64), *[(1, 32)] * 5]
+    assert told == [4, 1]
+
+
+def test_a_batch_holds_no_more_memories_than_have_room():
+    small, large = ModelScorer(model()), ModelScorer(model("transformer", max_length=1 << 24))
+    assert (small.rows, large.rows) == (32, 1)
 
 
 def test_every_prompt_stands_once_in_the_tree_and_has_a_token_left():
@@ -104,5 +110,5 @@ def test_few_memories_are_kept(monkeypatch):
 
     monkeypatch.setattr(Generator, "read", watched)
     prompts = [behind(trunk[: n * PIECE], 5, n) for n in range(1, 13)]
-    ModelScorer(model(), piece=PIECE, batch_tokens=128).greedy(prompts, 8)
+    ModelScorer(model(), piece=PIECE, batch_tokens=128, rows=4).greedy(prompts, 8)
     assert len(kept) == 11 and most <= 4 + 3 + 1
