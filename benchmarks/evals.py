@@ -88,7 +88,7 @@ def needles(options: Any) -> None:
     made = ruler.make("s_niah_1", length=options.length, samples=options.samples, seed=42, tokenizer=tokenizer)
     prompts = tokenizer.encode([sample.prompt for sample in made])
     scorer = ModelScorer(model, batch_tokens=options.batch_tokens)
-    read, total = tokens_read(beginnings(prompts, scorer.piece), prompts), sum(map(len, prompts))
+    read, total = tokens_read(beginnings(prompts, scorer.shared_piece), prompts), sum(map(len, prompts))
     print(f"{len(prompts)} prompts of {total:,} tokens; {read:,} of them are read ({read / total:.1%})", flush=True)
     answered, start, processor = 0, time.perf_counter(), time.process_time()
 

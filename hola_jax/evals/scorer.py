@@ -28,9 +28,7 @@ Done = Callable[[int], None]  # told how many rows are finished since the last t
 Until = Callable[[int, np.ndarray], bool]  # (number of the prompt, its tokens so far): whether they are enough
 
 SHORTEST = 32  # tokens of a piece
-BATCH_TOKENS = (
-    8192  # that go through an accelerator at a time; a CPU reads no faster when it is given more than a piece
-)
+BATCH_TOKENS = 8192  # on an accelerator; a CPU reads no faster when it is given more than a piece
 ROWS, MEMORIES = 32, 4 << 30  # prompts that are continued together, and bytes of their memories, at most
 
 
@@ -147,9 +145,12 @@ class ModelScorer:
 
     @cached_property
     def _generator(self) -> Generator:
-        return Generator(
-            self.model, pieces=sorted({self.piece, max(self.piece // 4, SHORTEST), SHORTEST}, reverse=True)
-        )
+        return Generator(self.model, pieces=sorted({self.piece, self.shared_piece, SHORTEST}, reverse=True))
+
+    @property
+    def shared_piece(self) -> int:
+        """Tokens of the pieces that prompts share: the shorter, the more they share, and the more calls for a beginning."""
+        return max(self.piece // 4, SHORTEST)
 
     def _rests(self, prompts: Sequence[np.ndarray]) -> Iterator[list[Rest]]:
         """Batches of rests of about one length, what prompts share being read on the way to them.
@@ -158,7 +159,7 @@ class ModelScorer:
         still to be read go on from. That of the most prompts comes last: each that is kept for it halves the prompts.
         """
         waiting: list[Rest] = []
-        stack: list[tuple[Beginning, Prefix | None]] = [(beginnings(prompts, self.piece), None)]
+        stack: list[tuple[Beginning, Prefix | None]] = [(beginnings(prompts, self.shared_piece), None)]
         while stack:
             here, memory = stack.pop()
             if here.length:
