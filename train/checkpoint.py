@@ -168,16 +168,18 @@ def shapes(layout: Layout) -> dict[str, list[int]]:
     return {path_name(path): list(x.shape) for path, x in jax.tree.leaves_with_path(layout.params)}
 
 
-def check_resumable(about: About, now: About, say: Say) -> None:
-    """Raises where a checkpoint is of another model or of other data; says what else differs from when it was made."""
-    changed = [line for line in differences(about["config"], now["config"]) if not line.startswith(PLACE_ONLY)]
+def check_resumable(about: About, now: About, usual: dict[str, Any], say: Say) -> None:
+    """Raises where a checkpoint is of another model or of other data; says what else differs from when it was made.
+
+    usual: the `defaults` of the configuration"""
+    found = differences(about["config"], now["config"], usual)
+    changed = [line for line in found if not line.startswith(PLACE_ONLY)]
     which = f"the run's checkpoint of step {about['step']}"
     if about["shapes"] != now["shapes"]:
         model = "; ".join(line for line in changed if line.startswith("model."))
         raise ValueError(f"{which} is of another model: {model}. Give another --run, or the model it was made with")
-    data = differences(about["data"], now["data"])
+    data = "; ".join(differences(about["data"], now["data"]))
     if data:
-        found = "; ".join(data)
-        raise ValueError(f"{which} was made with other data: {found}. Give another --run, or the data it was made with")
+        raise ValueError(f"{which} was made with other data: {data}. Give another --run, or the data it was made with")
     for line in changed:
         say(f"changed since the checkpoint: {line}")

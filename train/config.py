@@ -125,14 +125,29 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each value that differs between two results of `as_dict`."""
-    before, after = flat(old), flat(new)
-    absent = "absent"
+def defaults(config: Any) -> dict[str, Any]:
+    """As `as_dict` has them: of each setting that has a default, that, whatever `config` has there."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = as_dict(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = as_dict(field.default_factory())
+        elif dataclasses.is_dataclass(getattr(config, field.name)):
+            found[field.name] = defaults(getattr(config, field.name))
+    return found
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], usual: dict[str, Any] | None = None) -> list[str]:
+    """A line for each value that differs between two results of `as_dict`.
+
+    usual: `defaults`; what `old` does not have, a setting that came later, was at its own"""
+    before, after, absent = flat(old), flat(new), "absent"
+    was = {**dict.fromkeys(after, absent), **flat(usual or {}), **before}
     return [
-        f"{name}: {before.get(name, absent)!r} -> {after.get(name, absent)!r}"
+        f"{name}: {was[name]!r} -> {after.get(name, absent)!r}"
         for name in sorted(before | after)
-        if before.get(name, absent) != after.get(name, absent)
+        if was[name] != after.get(name, absent)
     ]
 
 

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ class Run:
         }
 
     def _resume(self) -> tuple[State, int]:
-        now = self.about(0)
-        found = self.checkpoints.restore(self.training.layout, lambda about: check_resumable(about, now, self.say))
+        now, usual = self.about(0), configuration.defaults(self.config)
+        check = partial(check_resumable, now=now, usual=usual, say=self.say)
+        found = self.checkpoints.restore(self.training.layout, check)
         if found is None:
             self.say(f"starting in {self.folder}")
             return self.training.layout.init(self.config.seed), 0

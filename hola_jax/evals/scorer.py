@@ -7,9 +7,10 @@ what prompts begin with together is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ Until = Callable[[int, np.ndarray], bool]  # (number of the prompt, its tokens s
 
 SHORTEST = 32  # tokens of a piece
 BATCH_TOKENS = 8192  # on an accelerator; a CPU reads no faster when it is given more than a piece
+AT_A_TIME = 2  # batches that a CPU is busy with
 ROWS, MEMORIES = 32, 4 << 30  # prompts that are continued together, and bytes of their memories, at most
 
 
@@ -39,12 +41,24 @@ class Scored(NamedTuple):
     greedy: np.ndarray  # bool [n - 1]: whether it was the likeliest
 
 
+class Batch(NamedTuple):
+    """Rows of about one length that go through the model together."""
+
+    numbers: list[int]
+    pieces: list[tuple[int, int]]  # (start, length)
+    size: int  # rows, some of which may be empty
+
+
 class Rest(NamedTuple):
     """What is left to read of a prompt."""
 
     number: int
     tokens: np.ndarray
     memory: Prefix | None  # of the tokens before them, in one row; None where there are none
+
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Scorer(Protocol):
@@ -107,19 +121,26 @@ class ModelScorer:
         """For each row of at least two tokens, its tokens after the first, scored."""
         self._check(rows, least=2, more=0)
         found: dict[int, Scored] = {}
-        for numbers, pieces, size in self._batches([len(row) - 1 for row in rows]):
-            state, parts = init_state(self.config, size), []
-            for start, length in pieces:
-                tokens = _padded([rows[n][:-1][start : start + length] for n in numbers], size, length)
-                targets = _padded([rows[n][1:][start : start + length] for n in numbers], size, length)
-                part, state = self._score(self.params, tokens, targets, state)
-                parts.append(part)
-            logprob, greedy = (np.concatenate([np.asarray(part[n]) for part in parts], axis=1) for n in range(2))
-            for place, n in enumerate(numbers):
-                kept = slice(0, len(rows[n]) - 1)
-                found[n] = Scored(logprob[place, kept], greedy[place, kept])
-            done(len(numbers))
+        batches = self._batches([len(row) - 1 for row in rows])
+        for scored in _each(partial(self._scored, rows), batches):
+            found |= scored
+            done(len(scored))
         return [found[n] for n in range(len(rows))]
+
+    def _scored(self, rows: Sequence[np.ndarray], batch: Batch) -> dict[int, Scored]:
+        numbers, pieces, size = batch
+        state, parts = init_state(self.config, size), []
+        for start, length in pieces:
+            tokens = _padded([rows[n][:-1][start : start + length] for n in numbers], size, length)
+            targets = _padded([rows[n][1:][start : start + length] for n in numbers], size, length)
+            part, state = self._score(self.params, tokens, targets, state)
+            parts.append(part)
+        logprob, greedy = (np.concatenate([np.asarray(part[n]) for part in parts], axis=1) for n in range(2))
+        ends = [len(rows[n]) - 1 for n in numbers]
+        return {
+            n: Scored(logprob[at, :end], greedy[at, :end])
+            for at, (n, end) in enumerate(zip(numbers, ends, strict=True))
+        }
 
     def greedy(
         self, prompts: Sequence[np.ndarray], max_tokens: int, until: Until | None = None, done: Done = _ignore
@@ -175,8 +196,13 @@ class ModelScorer:
 
     def _read(self, batch: list[Rest], together: int) -> Prefix:
         """The memory of the whole prompts, so many of which go through the model at a time."""
-        parts = [batch[n : n + together] for n in range(0, len(batch), together)]
-        return joined([self._generator.read([rest.tokens for rest in part], self._before(part)) for part in parts])
+
+        def read(part: list[Rest]) -> Prefix:
+            found = self._generator.read([rest.tokens for rest in part], self._before(part))
+            jax.block_until_ready(found.memory)  # else all would be begun at once
+            return found
+
+        return joined(list(_each(read, (batch[n : n + together] for n in range(0, len(batch), together)))))
 
     def _before(self, batch: list[Rest]) -> Prefix | None:
         """What is before the rests, a row for each."""
@@ -189,14 +215,13 @@ class ModelScorer:
         """Rows of a batch whose longest has so many tokens."""
         return max(1, self.batch_tokens // self._pieces(length)[0][1])
 
-    def _batches(self, lengths: list[int]) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
-        """(numbers of rows of about one length, (start, length) of the pieces they go through, rows of the batch)."""
+    def _batches(self, lengths: list[int]) -> Iterator[Batch]:
         order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
         while order:
             pieces = self._pieces(lengths[order[0]])
             most = self._rows(lengths[order[0]])
             numbers, order = order[:most], order[most:]
-            yield numbers, pieces, min(most, 1 << (len(numbers) - 1).bit_length())
+            yield Batch(numbers, pieces, min(most, 1 << (len(numbers) - 1).bit_length()))
 
     def _pieces(self, length: int) -> list[tuple[int, int]]:
         """Whole pieces, and a last one of one of a few lengths: each length is a program to compile."""
@@ -222,6 +247,15 @@ class ModelScorer:
                     f"row {number} has the token {row.min() if row.min() < 0 else row.max()}; the model's vocabulary has "
                     f"{self.vocab_size}"
                 )
+
+
+def _each(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """work(item) of each, in order, and on a CPU two at a time: one program alone leaves cores waiting."""
+    if jax.default_backend() != "cpu":
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        yield from pool.map(work, items)
 
 
 def _padded(rows: list[np.ndarray], size: int, length: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from jax.experimental import checkify
 from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Float, Int, Int32
+from hola_jax.layers.vectors import made_first
 from hola_jax.memory.scan import axis_scan
 
 
@@ -110,9 +111,7 @@ class ShortConvolution(nnx.Module):
 
     def _convolve(self, inputs: Array, owners: Array | None, x: Array) -> Array:
         width, length = self.kernel.shape[0], x.shape[1]
-        kernel = self.kernel[...].astype(x.dtype).astype(jnp.float32)
-        # Cut out of a scan's layers before it is used: cut inside the loop over tokens, that is no vector code on a CPU.
-        kernel = lax.optimization_barrier(kernel)
+        kernel = made_first(self.kernel[...].astype(x.dtype).astype(jnp.float32))
         total = kernel[-1] * x.astype(jnp.float32)
         for step in range(width - 1):
             tap = lax.slice_in_dim(inputs, step, step + length, axis=1).astype(jnp.float32)

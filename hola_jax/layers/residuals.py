@@ -25,6 +25,7 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
 from hola_jax.config import ModelConfig, nearest_divisor, residual_blocks
+from hola_jax.layers.vectors import made_first, made_first_on_cpu
 
 MIXER, MLP = 0, 1  # the sub-layers of a block
 ABSENT = -1e30  # a logit whose power is zero, without inf - inf where nothing is there
@@ -91,7 +92,8 @@ def look(
 
 def _look_back(epsilon: float, looked: Looked, given: Part) -> tuple[Array, Array, None]:
     directions, sources, inverse, logits, powers = looked
-    x = sources.astype(jnp.float32)
+    directions, inverse, logits, powers = made_first((directions, inverse, logits, powers))
+    x = made_first_on_cpu(sources).astype(jnp.float32)
     along = jnp.stack([jnp.sum(each * x, axis=-1) for each in given.total])  # [R S B T]
     slope = powers * (given.mass[:, None] + along)  # by logit
     by_product = slope * inverse
@@ -100,7 +102,7 @@ def _look_back(epsilon: float, looked: Looked, given: Part) -> tuple[Array, Arra
     for power, each, product, direction in zip(powers, given.total, by_product, directions, strict=True):
         back += power[..., None] * each + product[..., None] * direction
     turned = jnp.einsum("rsbt,sbtd->rd", by_product, x, precision=lax.Precision.HIGHEST)
-    return turned, back.astype(sources.dtype), None
+    return turned, made_first_on_cpu(back.astype(sources.dtype)), None
 
 
 look.defvjp(_look, _look_back)
@@ -122,7 +124,7 @@ def mean(parts: tuple[Part, ...], dtype: Any) -> Float[Array, "R B T D"]:
 
 
 def _mean_back(dtype: Any, kept: tuple[Array, Array], given: Array) -> tuple[tuple[Part, ...]]:
-    shares, found = kept
+    shares, found = made_first(kept[0]), kept[1]
     given = given.astype(jnp.float32)
     along = jnp.sum(given * found, axis=-1)
     return (tuple(Part(jnp.zeros_like(share), -share * along, share[..., None] * given) for share in shares),)
@@ -225,6 +227,7 @@ def _in_groups(
 
     def group(sources: Array, given: tuple[Array, tuple[Any, Array, Any]]) -> tuple[Array, Any]:
         number, (layers, directions, states) = given
+        number, directions = made_first((number, directions))
         count = 1 + number * own_sources
         earlier = look(directions.reshape(2 * size, -1), sources, count, config.norm_epsilon)
         own: tuple[Array, ...] = ()

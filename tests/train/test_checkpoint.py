@@ -10,7 +10,7 @@ import pytest
 from tests.train.small import training
 from tests.train.tiny_run import config as tiny_config
 from train.checkpoint import Checkpoints, check_resumable, shapes
-from train.config import CheckpointConfig, as_dict
+from train.config import CheckpointConfig, as_dict, defaults
 from train.mesh import MeshConfig
 
 
@@ -72,18 +72,29 @@ def test_the_latest_the_multiples_and_the_best_stay(tmp_path):
 def test_a_changed_configuration_is_named_and_another_model_refused():
     layout = training(MeshConfig()).layout
     config, said = tiny_config("run"), []
-    old = about(config, layout)
-    check_resumable(old, old, said.append)
+    old, usual = about(config, layout), defaults(config)
+    check_resumable(old, old, usual, said.append)
     assert not said
     faster = dataclasses.replace(config, run="elsewhere", optimizer=dataclasses.replace(config.optimizer, peak=1.0))
-    check_resumable(old, about(faster, layout), said.append)
+    check_resumable(old, about(faster, layout), usual, said.append)
     assert said == ["changed since the checkpoint: optimizer.peak: 0.01 -> 1.0"]
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, dim=64))
     other = about(wider, training(MeshConfig(), fields={"dim": 64}).layout)
     with pytest.raises(ValueError, match=r"of another model: model\.dim: 16 -> 64"):
-        check_resumable(old, other, said.append)
+        check_resumable(old, other, usual, said.append)
     with pytest.raises(ValueError, match="with other data: hash: 'a' -> 'b'"):
-        check_resumable(old, {**old, "data": {"hash": "b"}}, said.append)
+        check_resumable(old, {**old, "data": {"hash": "b"}}, usual, said.append)
+
+
+def test_a_setting_that_came_after_the_checkpoint_was_at_its_default():
+    layout, config, said = training(MeshConfig()).layout, tiny_config("run"), []
+    old, usual = about(config, layout), defaults(config)
+    assert old["config"]["model"]["memory"].pop("fade", "none") is None and old["config"].pop("z_loss") == 0
+    del old["config"]["cluster"], old["config"]["mesh"]
+    check_resumable(old, about(config, layout), usual, said.append)
+    assert not said
+    check_resumable(old, about(dataclasses.replace(config, z_loss=0.5), layout), usual, said.append)
+    assert said == ["changed since the checkpoint: z_loss: 0.0 -> 0.5"]
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):
