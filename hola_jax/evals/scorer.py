@@ -83,7 +83,7 @@ class ModelScorer:
     """A language model as a Scorer.
 
     piece        tokens of a row that go through the model at a time
-    batch_tokens tokens of all rows that do; None is 8192, and a piece on a CPU
+    batch_tokens tokens of all rows that do; None is 8192, and a piece on a CPU, which is given two such calls at once
     head_tokens  tokens whose logits exist at a time
     rows         prompts that are continued together; None is 32, or fewer where their memories would have over 4 GiB
     """
