@@ -1,5 +1,6 @@
 """What prompts begin with together is read once, and their continuations are what each has alone."""
 
+import threading
 import weakref
 
 import numpy as np
@@ -77,6 +78,19 @@ def test_more_prompts_are_continued_together_than_are_read_at_a_time(monkeypatch
     ModelScorer(model(), piece=64, batch_tokens=64, rows=4).greedy(prompts, 8, done=told.append)
     assert [shape for shape, _ in calls] == [(1, 32)] * 7
     assert told == [4, 1]
+
+
+def test_a_cpu_is_given_two_rows_to_read_at_once(monkeypatch):
+    meeting, read = threading.Barrier(2), programs.read
+
+    def met(*given):
+        meeting.wait(timeout=60)
+        return read(*given)
+
+    lm, prompts = model(), rows((20, 25, 30, 21), seed=1)
+    monkeypatch.setattr(programs, "read", met)
+    for prompt, generated in zip(prompts, ModelScorer(lm, piece=PIECE).greedy(prompts, 2), strict=True):
+        np.testing.assert_array_equal(generated, greedily(lm, prompt, generated))
 
 
 def test_a_batch_holds_no_more_memories_than_have_room():
