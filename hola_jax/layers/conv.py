@@ -17,6 +17,7 @@ from jax.experimental import checkify
 from jax.typing import DTypeLike
 
 from hola_jax.array_types import Array, Float, Int, Int32
+from hola_jax.layers.lean import lean
 from hola_jax.layers.vectors import made_first
 from hola_jax.memory.scan import axis_scan
 
@@ -92,7 +93,8 @@ class ShortConvolution(nnx.Module):
             element = self._lay_down(x, documents, init_state(batch, channels, self.reach + 1, x.dtype))[2]
             state, final = axis_scan(_append, element, state, sequence_axis)
         inputs, owners, after = self._lay_down(x, documents, state)
-        return self._convolve(inputs, owners if several else None, x), (after if final is None else final)
+        y = lean(self._convolve)(self.kernel[...], inputs, owners if several else None, x)
+        return y, (after if final is None else final)
 
     def _lay_down(
         self, x: Array, documents: Int32[Array, "B T"], state: ConvState
@@ -109,9 +111,9 @@ class ShortConvolution(nnx.Module):
         cut = jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, rows, 0))
         return inputs, owners, ConvState(cut(inputs, last), cut(owners, last))
 
-    def _convolve(self, inputs: Array, owners: Array | None, x: Array) -> Array:
-        width, length = self.kernel.shape[0], x.shape[1]
-        kernel = made_first(self.kernel[...].astype(x.dtype).astype(jnp.float32))
+    def _convolve(self, kernel: Array, inputs: Array, owners: Array | None, x: Array) -> Array:
+        width, length = kernel.shape[0], x.shape[1]
+        kernel = made_first(kernel.astype(x.dtype).astype(jnp.float32))
         total = kernel[-1] * x.astype(jnp.float32)
         for step in range(width - 1):
             tap = lax.slice_in_dim(inputs, step, step + length, axis=1).astype(jnp.float32)
@@ -135,8 +137,8 @@ class HeadsConvolution(ShortConvolution):
         self.dilation = dilation
         self.check = check
 
-    def _convolve(self, inputs: Array, owners: Array | None, x: Array) -> Float[Array, "B T HF"]:
-        kernel = self.kernel[...].astype(x.dtype)
+    def _convolve(self, kernel: Array, inputs: Array, owners: Array | None, x: Array) -> Float[Array, "B T HF"]:
+        kernel = kernel.astype(x.dtype)
         (batch, length), (width, heads) = x.shape[:2], kernel.shape[:2]
         total = jnp.zeros((), jnp.float32)
         for step in range(width):

@@ -8,6 +8,7 @@ from flax import nnx
 from hola_jax.array_types import Array, Float
 from hola_jax.config import ModelConfig
 from hola_jax.layers.init import named_key
+from hola_jax.layers.lean import lean
 from hola_jax.layers.linear import Linear
 
 
@@ -20,4 +21,4 @@ class SwiGLU(nnx.Module):
         self.down = Linear(config.mlp_width, config.dim, named_key(key, "down"))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(lean(lambda gate, up: jax.nn.silu(gate) * up)(self.gate(x), self.up(x)))

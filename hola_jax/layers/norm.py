@@ -12,6 +12,7 @@ from jax import lax
 
 from hola_jax.array_types import Array, Float
 from hola_jax.config import ModelConfig
+from hola_jax.layers.lean import lean
 
 
 class RMSNorm(nnx.Module):
@@ -21,12 +22,12 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width), weight_decay=False)
         self.epsilon = epsilon
 
-    def in_float32(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def in_float32(self, x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Float[Array, "... D"]:
         x = x.astype(jnp.float32)
-        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * scale
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.in_float32(x).astype(x.dtype)
+        return lean(lambda x, scale: self.in_float32(x, scale).astype(x.dtype))(x, self.scale[...])
 
 
 class GatedNorm(RMSNorm):
@@ -39,7 +40,10 @@ class GatedNorm(RMSNorm):
     def __call__(
         self, x: Float[Array, "B T H V"], gate: Float[Array, "B T H V"] | None = None
     ) -> Float[Array, "B T H V"]:
-        out = self.in_float32(x)
+        return lean(self._gated)(x, gate, self.scale[...])
+
+    def _gated(self, x: Array, gate: Array | None, scale: Array) -> Array:
+        out = self.in_float32(x, scale)
         if gate is not None:
             activate = jax.nn.silu if self.activation == "silu" else jax.nn.sigmoid
             out = out * activate(gate.astype(jnp.float32))
