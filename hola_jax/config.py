@@ -206,6 +206,13 @@ def residual_blocks(config: ModelConfig) -> int:
     return nearest_divisor(config.layers, 8) if config.residual_blocks is None else config.residual_blocks
 
 
+def residual_group(config: ModelConfig) -> int:
+    """Layers whose readers over depth look at once at all that is before them: a block, or about sqrt(N)."""
+    if config.residual == "block_attention":
+        return config.layers // residual_blocks(config)
+    return nearest_divisor(config.layers, config.layers**0.5)
+
+
 def residual_sources(config: ModelConfig) -> list[int]:
     """How many sources each reader over depth sees, in the order of the sub-layers and then the last; [] where there are
     none."""

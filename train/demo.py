@@ -77,7 +77,7 @@ TEXT = TrainConfig(
     data=LibraryText(),
     optimizer=OptimizerConfig(peak=3e-3, warmup=100),
     checkpoint=CheckpointConfig(every=500, keep=1, keep_best=0),
-    steps=1200,
+    steps=1000,
     global_batch=2,
     row=512,
     loss_chunk=512,

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from hola_jax import LanguageModel, ModelConfig
 from hola_jax.array_types import Array
-from hola_jax.config import memory_work
-from hola_jax.memory.kernels import Choice, Implementation, choose, platform_of
+from hola_jax.config import memory_work, residual_group
+from hola_jax.memory.kernels import Choice, Implementation, choose, depth_kernels, platform_of
 from hola_jax.model import Params, weight_decay_mask
 from train import optimizer
 from train.shardings import TABLE, Specs, param_specs, placed
@@ -46,6 +46,15 @@ class Layout:
         platform = platform_of(self.mesh.devices.flat[0])
         work = work._replace(trained=True)
         return choose(self.model.implementation, work, axis, platform=platform, parts=sizes["tensor"])
+
+    def over_depth(self, tokens: int) -> str:
+        """By what readers over depth look at rows of so many tokens on each device, and why; empty where there are none."""
+        if self.model.residual == "plain":
+            return ""
+        readers, dtype = 2 * residual_group(self.model), str(self.model.dtype)
+        parts = self.mesh.shape["tensor"]
+        run, why = depth_kernels(self.choice.name, readers, tokens, self.model.dim, dtype, parts)
+        return f"readers over depth by {'xla' if run is None else 'kernels'}: {why}"
 
     @cached_property
     def abstract(self) -> LanguageModel:

@@ -54,11 +54,12 @@ class Report:
 def report(compiled: jax.stages.Compiled, layout: Layout, rows: int, tokens: int, compile_seconds: float) -> Report:
     """What the compiled step for batches [rows, tokens] costs."""
     memory: Any = compiled.memory_analysis()
+    over_depth = layout.over_depth(tokens // layout.mesh.shape["sequence"])
     cost: Any = compiled.cost_analysis() or {}
     return Report(
         parameters=parameter_count(layout.model)["total"],
         implementation=layout.choice.name,
-        implementation_reason=layout.choice.why,
+        implementation_reason="; ".join(filter(None, (layout.choice.why, over_depth))),
         mesh=dict(layout.mesh.shape),
         argument_bytes=getattr(memory, "argument_size_in_bytes", 0),
         output_bytes=getattr(memory, "output_size_in_bytes", 0),

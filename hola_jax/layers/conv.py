@@ -79,37 +79,43 @@ class ShortConvolution(nnx.Module):
         sequence_axis: str | None = None,
     ) -> tuple[Float[Array, "B T E"], ConvState]:
         batch, length, channels = x.shape
-        several = segment_ids is not None or state is not None or sequence_axis is not None
         if self.check and segment_ids is not None:
             _check_padding(segment_ids)
-        if state is None:
-            state = init_state(batch, channels, self.reach + 1, x.dtype)
         if segment_ids is None:
-            documents = jnp.broadcast_to(jnp.maximum(state.document, 1)[:, None], (batch, length))
+            document = jnp.ones(batch, jnp.int32) if state is None else jnp.maximum(state.document, 1)
+            documents = jnp.broadcast_to(document[:, None], (batch, length))
         else:
             documents = segment_ids.astype(jnp.int32)
         final = None
         if sequence_axis is not None:
-            element = self._lay_down(x, documents, init_state(batch, channels, self.reach + 1, x.dtype))[2]
-            state, final = axis_scan(_append, element, state, sequence_axis)
-        inputs, owners, after = self._lay_down(x, documents, state)
-        y = lean(self._convolve)(self.kernel[...], inputs, owners if several else None, x)
-        return y, (after if final is None else final)
+            empty = init_state(batch, channels, self.reach + 1, x.dtype)
+            element = self._after(x, documents, None)
+            state, final = axis_scan(_append, element, empty if state is None else state, sequence_axis)
+        several = segment_ids is not None or state is not None
+        y = lean(self._answer)(self.kernel[...], x, documents if several else None, state)
+        return y, (self._after(x, documents, state) if final is None else final)
 
     def _lay_down(
-        self, x: Array, documents: Int32[Array, "B T"], state: ConvState
-    ) -> tuple[Float[Array, "B L E"], Int32[Array, "B L"], ConvState]:
-        """(inputs, documents) of the state and the tokens, adjacent, L = T + w - 1; and the state after them."""
-        rows, length = state.documents.shape[1], x.shape[1]
-        inputs = jnp.pad(x, [(0, 0), (rows, 0), (0, 0)])
-        owners = jnp.pad(documents, [(0, 0), (rows, 0)])
-        real = documents > 0
-        first = jnp.argmax(real, axis=1)  # 0 without any real token: the state then stands in front
-        last = jnp.max(jnp.where(real, jnp.arange(1, length + 1), 0), axis=1)
+        self, x: Array, documents: Int32[Array, "B T"] | None, state: ConvState | None
+    ) -> tuple[Float[Array, "B L E"], Int32[Array, "B L"] | None]:
+        """(inputs, documents) of the state and the tokens, adjacent, L = T + w - 1."""
+        inputs = jnp.pad(x, [(0, 0), (self.reach, 0), (0, 0)])
+        owners = None if documents is None else jnp.pad(documents, [(0, 0), (self.reach, 0)])
+        if documents is None or state is None:
+            return inputs, owners
+        first = jnp.argmax(documents > 0, axis=1)  # 0 without any real token: the state then stands in front
         place = jax.vmap(lambda row, new, start: lax.dynamic_update_slice_in_dim(row, new, start, 0))
-        inputs, owners = place(inputs, state.inputs, first), place(owners, state.documents, first)
-        cut = jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, rows, 0))
-        return inputs, owners, ConvState(cut(inputs, last), cut(owners, last))
+        return place(inputs, state.inputs, first), place(owners, state.documents, first)
+
+    def _after(self, x: Array, documents: Int32[Array, "B T"], state: ConvState | None) -> ConvState:
+        """The state after the tokens."""
+        inputs, owners = self._lay_down(x, documents, state)
+        last = jnp.max(jnp.where(documents > 0, jnp.arange(1, x.shape[1] + 1), 0), axis=1)
+        cut = jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, self.reach, 0))
+        return ConvState(cut(inputs, last), cut(owners, last))
+
+    def _answer(self, kernel: Array, x: Array, documents: Array | None, state: ConvState | None) -> Array:
+        return self._convolve(kernel, *self._lay_down(x, documents, state), x)
 
     def _convolve(self, kernel: Array, inputs: Array, owners: Array | None, x: Array) -> Array:
         width, length = kernel.shape[0], x.shape[1]

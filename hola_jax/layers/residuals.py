@@ -6,17 +6,16 @@ sum there are sources: the first is the embedding, and each sub-layer's output i
 sources that are there, with a learned query against their norms, per token and in float32.
 
 Queries are parameters, so they are known before the layers run. Layers go in groups: all readers of a group look at once at
-the sources from before it, and each adds what it finds among the group's own. That is the same softmax, in two parts that
-are joined; and the backward pass then needs the sources once per group and not once per layer.
+the sources from before it, and each joins to that what it finds among the group's own. That is the same softmax in two
+parts, and the sources are gone over once per group and not once per reader.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,12 @@ from flax import nnx
 from jax import lax
 
 from hola_jax.array_types import Array, Float, Int
-from hola_jax.config import ModelConfig, nearest_divisor, residual_blocks
-from hola_jax.layers.vectors import made_first, made_first_on_cpu
+from hola_jax.config import ModelConfig, memory_work, residual_blocks, residual_group
+from hola_jax.layers.depth_reads import Looks, Parts, Trail, begun, ended, join, look, look_along
+from hola_jax.layers.vectors import made_first
+from hola_jax.memory.kernels import OverDepth, choose, depth_kernels
 
 MIXER, MLP = 0, 1  # the sub-layers of a block
-ABSENT = -1e30  # a logit whose power is zero, without inf - inf where nothing is there
 
 
 class Residual(Protocol):
@@ -58,105 +58,25 @@ class Read(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.dim), weight_decay=False)
 
 
-class Part(NamedTuple):
-    """Of the softmax over sources of R readers, what some of the sources bring; any parts of it can be joined."""
-
-    top: Float[Array, "R B T"]  # the largest logit, a constant to the backward pass: no read depends on it
-    mass: Float[Array, "R B T"]  # sum of exp(logit - top)
-    total: Float[Array, "R B T D"]  # sum of exp(logit - top) source
-
-
-Looked = tuple[Array, ...]
-
-
-def _look(directions: Array, sources: Array, count: Array | int, epsilon: float) -> tuple[Part, Looked]:
-    x = sources.astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(x * x, axis=-1) + epsilon)
-    logits = jnp.einsum("rd,sbtd->rsbt", directions, x, precision=lax.Precision.HIGHEST) * inverse
-    logits = jnp.where((jnp.arange(len(x)) < count)[:, None, None], logits, ABSENT)
-    top = jnp.max(logits, axis=1)
-    powers = jnp.exp(logits - top[:, None])
-    total = jnp.stack([jnp.sum(power[..., None] * x, axis=0) for power in powers])
-    return Part(top, jnp.sum(powers, axis=1), total), (directions, sources, inverse, logits, powers)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def look(
-    directions: Float[Array, "R D"], sources: Float[Array, "S B T D"], count: Int[Array, ""] | int, epsilon: float
-) -> Part:
-    """What R readers find in the first `count` sources; a direction is the query times the norm's scale.
-
-    The backward pass goes over the sources once, for all readers, and keeps them in their own type."""
-    return _look(directions, sources, count, epsilon)[0]
-
-
-def _look_back(epsilon: float, looked: Looked, given: Part) -> tuple[Array, Array, None]:
-    directions, sources, inverse, logits, powers = looked
-    directions, inverse, logits, powers = made_first((directions, inverse, logits, powers))
-    x = made_first_on_cpu(sources).astype(jnp.float32)
-    along = jnp.stack([jnp.sum(each * x, axis=-1) for each in given.total])  # [R S B T]
-    slope = powers * (given.mass[:, None] + along)  # by logit
-    by_product = slope * inverse
-    by_square = jnp.sum(slope * logits, axis=0) * inverse**2 / x.shape[-1]
-    back = -by_square[..., None] * x
-    for power, each, product, direction in zip(powers, given.total, by_product, directions, strict=True):
-        back += power[..., None] * each + product[..., None] * direction
-    turned = jnp.einsum("rsbt,sbtd->rd", by_product, x, precision=lax.Precision.HIGHEST)
-    return turned, made_first_on_cpu(back.astype(sources.dtype)), None
-
-
-look.defvjp(_look, _look_back)
-
-
-def _mean(parts: tuple[Part, ...], dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    tops = jnp.stack([part.top for part in parts])
-    shares = jnp.exp(tops - jnp.max(tops, axis=0))
-    shares /= sum(share * part.mass for share, part in zip(shares, parts, strict=True))
-    found = sum((share[..., None] * part.total for share, part in zip(shares, parts, strict=True)), jnp.float32(0))
-    found = found.astype(dtype)
-    return found, (shares, found)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def mean(parts: tuple[Part, ...], dtype: Any) -> Float[Array, "R B T D"]:
-    """What readers read whose softmax has these parts. Of the parts the backward pass keeps no total: the mean is enough."""
-    return _mean(parts, dtype)[0]
-
-
-def _mean_back(dtype: Any, kept: tuple[Array, Array], given: Array) -> tuple[tuple[Part, ...]]:
-    shares, found = made_first(kept[0]), kept[1]
-    given = given.astype(jnp.float32)
-    along = jnp.sum(given * found, axis=-1)
-    return (tuple(Part(jnp.zeros_like(share), -share * along, share[..., None] * given) for share in shares),)
-
-
-mean.defvjp(_mean, _mean_back)
-
-
 def _at(tree: Any, index: int | slice) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 @partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["directions", "earlier"],
-    meta_fields=["sums", "dtype", "epsilon"],
+    jax.tree_util.register_dataclass, data_fields=["directions", "earlier"], meta_fields=["sums", "epsilon", "kernels"]
 )
 @dataclass(frozen=True)
 class InGroup:
     """The rule inside a layer of a group. `x` is the group's own sources: its block's sum, or every output."""
 
     directions: Float[Array, "2 D"]
-    earlier: Part  # R = 2: what the layer's readers find in the sources from before the group
+    earlier: Parts  # what the layer's two readers find in the sources from before the group
     sums: bool
-    dtype: Any
     epsilon: float
+    kernels: OverDepth | None
 
     def read(self, x: tuple[Array, ...], sublayer: int) -> Float[Array, "B T D"]:
-        reader = slice(sublayer, sublayer + 1)
-        parts = [_at(self.earlier, reader)]
-        parts += [look(self.directions[reader], source[None], 1, self.epsilon) for source in x]
-        return mean(tuple(parts), self.dtype)[0]
+        return join(self.directions[sublayer], self.earlier[sublayer], x, self.epsilon, self.kernels)
 
     def add(self, x: tuple[Array, ...], y: Float[Array, "B T D"], sublayer: int) -> tuple[Array, ...]:
         return (x[0] + y,) if self.sums and x else (*x, y)
@@ -173,8 +93,9 @@ class OfOneToken:
     epsilon: float
 
     def read(self, x: Float[Array, "S B 1 D"], sublayer: int) -> Float[Array, "B 1 D"]:
-        found = look(self.directions[sublayer][None], x, self.counts[sublayer], self.epsilon)
-        return mean((found,), x.dtype)[0]
+        direction = self.directions[sublayer]
+        part = look(direction[None], x, self.epsilon, self.counts[sublayer])[0]
+        return join(direction, part, (), self.epsilon, None)
 
     def add(self, x: Float[Array, "S B 1 D"], y: Float[Array, "B 1 D"], sublayer: int) -> Float[Array, "S B 1 D"]:
         slot = self.slots[sublayer]
@@ -201,47 +122,57 @@ def attend_over_depth(
     layers   parameters of all layers, stacked; those of their readers must be whole
     """
     sublayers = 2 * config.layers
-    full = config.residual == "attention"
-    block = 1 if full else sublayers // residual_blocks(config)
+    block = 1 if config.residual == "attention" else sublayers // residual_blocks(config)
     both = [layers[name]["query"] * layers[name]["scale"] for name in ("mixer_read", "mlp_read")]
     directions = jnp.stack(both, axis=1)  # [N 2 D]
-    sources = jnp.zeros((1 + sublayers // block, *x.shape), x.dtype).at[0].set(x)
+    sources = jnp.zeros((1 + sublayers // block, *x.shape), x.dtype)
+    sources = lax.dynamic_update_index_in_dim(sources, x, 0, 0)
+    final = last.query[...] * last.scale[...]
     if x.shape[1] == 1:
         numbers = jnp.arange(sublayers).reshape(-1, 2)
         slots = 1 + numbers // block
         rules = OfOneToken(directions, slots + (numbers % block > 0), slots, config.norm_epsilon)
         sources, after = through(sources, ((layers, rules), states))
+        parts = look(final[None], sources, config.norm_epsilon)
     else:
-        size = nearest_divisor(config.layers, math.sqrt(config.layers)) if full else block // 2
-        sources, after = _in_groups(config, size, layer, sources, (layers, directions, states))
-    found = look((last.query[...] * last.scale[...])[None], sources, len(sources), config.norm_epsilon)
-    return mean((found,), x.dtype)[0], after
+        trail, after = _in_groups(config, layer, begun(sources), (layers, directions, states))
+        looks = Looks((len(sources),), config.norm_epsilon, _kernels(config, 1, sources))
+        parts, trail = look_along(final[None], trail, jnp.int32(0), looks)
+        parts = ended(trail, parts)
+    return join(final, parts[0], (), config.norm_epsilon, None), after
 
 
-def _in_groups(
-    config: ModelConfig, size: int, layer: Layer, sources: Float[Array, "S B T D"], stacked: tuple[Any, Array, Any]
-) -> tuple[Float[Array, "S B T D"], Any]:
+def _kernels(config: ModelConfig, readers: int, sources: Float[Array, "S B T D"]) -> OverDepth | None:
+    """Those of the memory's platform, where the memory runs by kernels."""
+    work = memory_work(config)
+    if work is None:
+        return None
+    _, _, tokens, dim = sources.shape
+    return depth_kernels(choose(config.implementation, work).name, readers, tokens, dim, sources.dtype.name)[0]
+
+
+def _in_groups(config: ModelConfig, layer: Layer, trail: Trail, stacked: tuple[Any, Array, Any]) -> tuple[Trail, Any]:
     """A scan over groups of `size` layers, which are written out: a scan of them would keep what it keeps twice."""
+    size = residual_group(config)
     groups = config.layers // size
-    own_sources = (len(sources) - 1) // groups
+    own_sources = (len(trail.sources) - 1) // groups
+    counts = tuple(1 + number * own_sources for number in range(groups))
+    looks = Looks(counts, config.norm_epsilon, _kernels(config, 2 * size, trail.sources))
 
-    def group(sources: Array, given: tuple[Array, tuple[Any, Array, Any]]) -> tuple[Array, Any]:
+    def group(trail: Trail, given: tuple[Array, tuple[Any, Array, Any]]) -> tuple[Trail, Any]:
         number, (layers, directions, states) = given
         number, directions = made_first((number, directions))
-        count = 1 + number * own_sources
-        earlier = look(directions.reshape(2 * size, -1), sources, count, config.norm_epsilon)
+        earlier, trail = look_along(directions.reshape(2 * size, -1), trail, number, looks)
         own: tuple[Array, ...] = ()
         afters = []
         for i in range(size):
             params, way, state = _at((layers, directions, states), i)
-            rule = InGroup(
-                way, _at(earlier, slice(2 * i, 2 * i + 2)), own_sources == 1, sources.dtype, config.norm_epsilon
-            )
+            rule = InGroup(way, earlier[2 * i : 2 * i + 2], own_sources == 1, config.norm_epsilon, looks.kernels)
             own, after = layer(own, ((params, rule), state))
             afters.append(after)
-        sources = lax.dynamic_update_slice_in_dim(sources, jnp.stack(own), count, 0)
-        return sources, jax.tree.map(lambda *leaves: jnp.stack(leaves), *afters)
+        sources = lax.dynamic_update_slice_in_dim(trail.sources, jnp.stack(own), 1 + number * own_sources, 0)
+        return trail._replace(sources=sources), jax.tree.map(lambda *leaves: jnp.stack(leaves), *afters)
 
     parts = jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), stacked)
-    sources, after = lax.scan(group, sources, (jnp.arange(groups), parts))
-    return sources, jax.tree.map(lambda leaf: leaf.reshape(config.layers, *leaf.shape[2:]), after)
+    trail, after = lax.scan(group, trail, (jnp.arange(groups), parts))
+    return trail, jax.tree.map(lambda leaf: leaf.reshape(config.layers, *leaf.shape[2:]), after)

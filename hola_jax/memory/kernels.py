@@ -23,8 +23,18 @@ from pallas_kernels.step.arrays import Sizes
 Implementation = Literal["reference", "xla", "pallas", "pallas_tpu", "pallas_gpu", "interpret"]
 
 
+class OverDepth(NamedTuple):
+    """The kernels by which readers over depth look at sources; contracts as in pallas_kernels.depth."""
+
+    look: Callable[..., Any]
+    look_back: Callable[..., Any]
+    join_back: Callable[..., Any]
+    refuses: Callable[..., str]
+    interpret: Any = False
+
+
 class Kernels(NamedTuple):
-    """Those of a platform; contracts as in pallas_kernels.delta_rule, .cache, .hola and .step."""
+    """Those of a platform; contracts as in pallas_kernels.delta_rule, .cache, .hola, .step and .depth."""
 
     delta_rule: Callable[..., Any]
     cached_read: Callable[..., Any]
@@ -32,12 +42,13 @@ class Kernels(NamedTuple):
     fits: Callable[..., str | None] | None = None  # why that one does not take a work, or None
     step: Callable[..., Any] | None = None  # one token, where a platform has it
     step_refuses: Callable[[Sizes], str] | None = None  # why `step` does not take a shape; empty where it does
+    over_depth: OverDepth | None = None  # where a platform has them
     contained: bool = False  # whether `delta_rule` keeps NaN to its document, as `hola` does; else it must not see any
     interpret: Any = False
 
 
 def _tpu() -> Kernels:
-    from pallas_kernels import cache, delta_rule, hola, step
+    from pallas_kernels import cache, delta_rule, depth, hola, step
 
     return Kernels(
         delta_rule.delta_rule,
@@ -46,6 +57,7 @@ def _tpu() -> Kernels:
         fits=hola.fits,
         step=step.step,
         step_refuses=step.tpu_refuses,
+        over_depth=OverDepth(depth.look, depth.look_back, depth.join_back, depth.tpu_refuses),
         contained=True,
     )
 
@@ -106,9 +118,13 @@ def kernels(choice: Choice) -> Kernels | None:
 
 def _of(name: Implementation) -> Kernels | None:
     if name == "interpret":
-        from pallas_kernels.step import tpu_refuses
+        from pallas_kernels import depth, step
 
-        return _tpu()._replace(interpret=True, step_refuses=functools.partial(tpu_refuses, interpret=True))
+        return _tpu()._replace(
+            interpret=True,
+            step_refuses=functools.partial(step.tpu_refuses, interpret=True),
+            over_depth=OverDepth(depth.look, depth.look_back, depth.join_back, depth.tpu_refuses, interpret=True),
+        )
     return PLATFORMS[name.removeprefix("pallas_")]() if name.startswith("pallas_") else None
 
 
@@ -116,6 +132,21 @@ def token_kernels(name: Implementation, work: Work) -> Kernels | None:
     """Those by which one token of HOLA's memory runs; None where it runs by plain XLA, which `choose` has told of."""
     found = _of(name)
     return found if found is not None and not _step_refused(name, work) else None
+
+
+def depth_kernels(
+    name: Implementation, readers: int, tokens: int, dim: int, dtype: str, parts: int | None = None
+) -> tuple[OverDepth | None, str]:
+    """Those by which readers over depth look at sources of so many tokens a row, where a memory runs by `name`; None where
+    plain XLA does it; and why. `parts` as in `choose`."""
+    run = _of(name)
+    found = run and run.over_depth
+    if found is None:
+        return None, "there are no kernels for them where the memory runs by " + name
+    if (head_parts() if parts is None else parts) > 1:
+        return None, "a mesh axis is left to the compiler, which cannot divide a kernel"
+    refused = found.refuses(readers, tokens, dim, dtype, interpret=bool(found.interpret))
+    return (None, refused) if refused else (found, "kernels take this shape")
 
 
 @functools.cache
