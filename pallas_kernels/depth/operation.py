@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.depth import join, kernel
 from pallas_kernels.depth.join import Given
 from pallas_kernels.depth.kernel import Call
-from pallas_kernels.depth.limits import ITEM, tile_of, tpu_refuses
+from pallas_kernels.depth.limits import join_bytes, look_bytes, tile_of, tpu_refuses
 
 
 class Found(NamedTuple):
@@ -28,7 +28,7 @@ def look(
 
     A logit is the direction's product with the source over its root mean square. All sums are float32. Each source is
     fetched once, and those after the first `count` are not."""
-    call = _call(directions, sources, epsilon, interpret)
+    call = _look(directions, sources, epsilon, interpret)
     tops, masses, totals = kernel.forward(call, _number(count), directions.astype(jnp.float32), sources)
     return Found(tops.swapaxes(0, 1), masses.swapaxes(0, 1), totals)
 
@@ -48,7 +48,7 @@ def look_back(
     """(the change of a loss by the directions, `change` [S, B, T, D], its change by the sources, with what comes by this
     look added, in place where the caller gives it away). `tops` is what `look` found, a constant; `by_masses` and
     `by_totals` are the change by the rest of it."""
-    call = _call(directions, sources, epsilon, interpret)
+    call = _look(directions, sources, epsilon, interpret)
     top, by_mass = (x.astype(jnp.float32).swapaxes(0, 1) for x in (tops, by_masses))
     directions = directions.astype(jnp.float32)
     turned, change = kernel.backward(call, _number(count), directions, sources, top, by_mass, by_totals, change)
@@ -71,7 +71,11 @@ def join_back(
 
     `change` is that by what it read, `found` [B, T, D]; `share` [B, T] is what each unit of the total was in it, `whole`
     [B, T] the logarithm of the sum of exp(logit) over all sources."""
-    call = _call(direction[None], jax.ShapeDtypeStruct((len(own), *found.shape), found.dtype), epsilon, interpret)
+    batch, tokens, dim = found.shape
+    if why_not := tpu_refuses(1 + len(own), tokens, dim, found.dtype.name, bool(interpret)):
+        raise NotImplementedError(why_not)
+    tile = tile_of(tokens, lambda tile: join_bytes(len(own), tile, dim, found.dtype.itemsize)) or tokens
+    call = Call(len(own), batch, tokens, tile, 1, dim, epsilon, found.dtype, interpret)
     row = direction.astype(jnp.float32)[None]
     given = Given(row, change, found, own, *(x.astype(jnp.float32)[:, None] for x in (share, whole)))
     turned, by_mass, by_total, by_own = join.run(call, given)
@@ -82,12 +86,12 @@ def _number(count: jax.Array) -> jax.Array:
     return jnp.asarray(count, jnp.int32).reshape(1)
 
 
-def _call(directions: jax.Array, sources: jax.Array | jax.ShapeDtypeStruct, epsilon: float, interpret: Any) -> Call:
-    readers, dim = directions.shape
-    number, batch, tokens, wide = sources.shape
+def _look(directions: jax.Array, sources: jax.Array, epsilon: float, interpret: Any) -> Call:
+    (readers, dim), (number, batch, tokens, wide) = directions.shape, sources.shape
     if wide != dim:
         raise ValueError(f"directions are {directions.shape} and sources {sources.shape}; both must end with one D")
     if why_not := tpu_refuses(readers, tokens, dim, sources.dtype.name, bool(interpret)):
         raise NotImplementedError(why_not)
-    tile = tile_of(readers, tokens, dim, ITEM[sources.dtype.name]) or tokens
+    item = sources.dtype.itemsize
+    tile = tile_of(tokens, lambda tile: look_bytes(readers, tile, dim, item)) or tokens
     return Call(number, batch, tokens, tile, readers, dim, epsilon, sources.dtype, interpret)

@@ -150,7 +150,7 @@ def compiled(topology, readers, dim, dtype):
         return look_back(*given, epsilon=1e-6)
     def join(*given):
         return join_back(*given, epsilon=1e-6)
-    jax.jit(join).lower(array(dim), (wide,), wide, array(2, 1024), array(2, 1024), wide).compile()
+    jax.jit(join).lower(array(dim), (wide,) * (readers - 1), wide, array(2, 1024), array(2, 1024), wide).compile()
     jax.jit(forward).lower(directions, sources, count).compile()
     back = jax.jit(backward, donate_argnums=6).lower(directions, sources, count, rows, rows, totals, sources).compile()
     return back.memory_analysis().temp_size_in_bytes / (sources.size * sources.dtype.itemsize)
