@@ -112,7 +112,8 @@ class ShortConvolution(nnx.Module):
         inputs, owners = self._lay_down(x, documents, state)
         last = jnp.max(jnp.where(documents > 0, jnp.arange(1, x.shape[1] + 1), 0), axis=1)
         cut = jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, self.reach, 0))
-        return ConvState(cut(inputs, last), cut(owners, last))
+        inputs, owners = cut(inputs, last), cut(owners, last)
+        return ConvState(jnp.where(owners[..., None] > 0, inputs, 0), owners)  # nothing of what padding held
 
     def _answer(self, kernel: Array, x: Array, documents: Array | None, state: ConvState | None) -> Array:
         return self._convolve(kernel, *self._lay_down(x, documents, state), x)

@@ -46,6 +46,17 @@ def test_the_state_is_the_last_real_tokens_whatever_the_pieces() -> None:
         np.testing.assert_allclose((got[0] + got[1])[IDS > 0], whole[IDS > 0], atol=1e-6)
 
 
+def test_without_a_state_it_begins_with_an_empty_one() -> None:
+    """Also where a row is shorter than what it remembers, behind padding that holds NaN."""
+    for stop in (4, T):
+        ids = np.where(np.arange(T) < stop, IDS, 0)
+        x = np.where(ids[..., None] > 0, X, np.nan)
+        out, state = RUN(x, ids, None)
+        expected, after = RUN(x, ids, init_state(B, E, 4, np.float32))
+        np.testing.assert_allclose(out[ids > 0], expected[ids > 0], atol=1e-6)
+        jax.tree.map(np.testing.assert_array_equal, state, after)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_along_a_mesh_axis_it_is_the_same(packed: bool) -> None:
     mesh = Mesh(np.array(jax.devices()[:4]), ("sequence",))
