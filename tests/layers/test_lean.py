@@ -15,7 +15,7 @@ CONVOLUTION = ShortConvolution(64, 4, jax.random.key(1))
 CASES = {
     "norm": (RMSNorm(16, 1e-6), (X,), 1),
     "gated norm": (GatedNorm(16, 1e-6), (X, GATE), 2),
-    # The tokens, once more behind the state, and the document of each.
+    # The tokens and the document of each; what is laid down behind a state is made again.
     "convolution": (lambda x: CONVOLUTION(x, jnp.ones((2, 64), jnp.int32))[0], (TOKENS,), 2.2),
 }
 
